@@ -1,0 +1,463 @@
+import functools
+import gc
+import itertools
+import logging
+import random
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+
+from trainkit.config.config import CfgNode
+from trainkit.data.build import (
+    TrainLoader,
+    build_test_loader,
+    build_train_loader,
+    build_train_mapper,
+)
+from trainkit.data.catalog import DatasetCatalog
+from trainkit.data.common import MapDataset
+from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, TrainingSampler
+from trainkit.data.samplers.order import EpochOrder
+from trainkit.data.transforms import ImageMapper
+from trainkit.utils import comm
+from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.random import get_rng_state
+
+SIZE = 50
+
+
+class Noisy(Dataset[Any]):
+    """Samples that say which they are and draw from all generators, and from one of their own."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.size = size
+        self.generator = random.Random()
+
+    def set_random_seed(self, seed: int) -> None:
+        self.generator.seed(seed)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        noise = [random.random(), np.random.rand(), torch.rand(()).item(), self.generator.random()]
+        return {"index": index, "noise": torch.tensor(noise, dtype=torch.float64)}
+
+
+def make(
+    batch_size: int = 12, *, dataset: Any = None, seed: int = 5, **options: Any
+) -> TrainLoader:
+    dataset = dataset or Noisy()
+    sampler = TrainingSampler(len(dataset), seed=seed)
+    return TrainLoader(dataset, sampler, batch_size, seed=seed, **options)
+
+
+def take(loader: TrainLoader, count: int) -> list[dict[str, torch.Tensor]]:
+    return list(itertools.islice(loader, count))
+
+
+def indices(batches: list[dict[str, torch.Tensor]]) -> list[int]:
+    return torch.cat([batch["index"] for batch in batches]).tolist()
+
+
+def assert_same(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor]]) -> None:
+    """The same samples with the same randomness, whatever the sizes of the batches."""
+    for key in ("index", "noise"):
+        joined = [torch.cat([batch[key] for batch in side]) for side in (left, right)]
+        assert torch.equal(*joined)
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    monkeypatch.setattr(comm, "get_rank", lambda: rank)
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+
+
+def test_an_epoch_holds_every_sample_once_and_batches_span_epochs() -> None:
+    seen = indices(take(make(12), 25))
+    epochs = [seen[start : start + SIZE] for start in range(0, 300, SIZE)]
+    assert all(sorted(epoch) == list(range(SIZE)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_sample_draws_anew_in_each_epoch() -> None:
+    batches = take(make(SIZE), 2)
+    by_index = [batch["noise"][batch["index"].argsort()] for batch in batches]
+    assert not (by_index[0] == by_index[1]).any()
+
+
+def test_the_loaders_seed_decides_the_order_too() -> None:
+    loader = TrainLoader(Noisy(), TrainingSampler(SIZE, seed=0), 12, seed=5)
+    assert_same(take(loader, 2), take(make(seed=5), 2))
+
+
+def test_workers_do_not_change_the_batches() -> None:
+    assert_same(take(make(num_workers=2), 9), take(make(num_workers=0), 9))
+
+
+def random_collate(samples: list[Any]) -> torch.Tensor:
+    return torch.rand(2)
+
+
+def test_workers_do_not_change_the_randomness_of_collation() -> None:
+    drawn = [
+        torch.stack(list(itertools.islice(make(num_workers=n, collate_fn=random_collate), 6)))
+        for n in (0, 2)
+    ]
+    assert torch.equal(*drawn)
+    assert len(drawn[0].unique()) == 12
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 30])
+def test_resume_yields_the_same_batches(steps: int) -> None:
+    unbroken = make()
+    batches = iter(unbroken)
+    for _ in range(steps):
+        next(batches)
+    state = unbroken.state_dict()
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert_same(take(resumed, 9), list(itertools.islice(batches, 9)))
+    assert resumed.state_dict() == unbroken.state_dict()
+
+
+def test_prefetching_does_not_move_the_state() -> None:
+    loader = make(num_workers=2)
+    batches = iter(loader)
+    assert loader.state_dict() == {"seed": 5, "epoch": 0, "offset": 0}
+    states = []
+    for _ in range(5):
+        next(batches)
+        states.append((loader.state_dict()["epoch"], loader.state_dict()["offset"]))
+    assert states == [(0, 12), (0, 24), (0, 36), (0, 48), (1, 10)]
+
+
+def test_the_state_counts_whole_steps_only() -> None:
+    loader = make(accumulate=3)
+    batches = iter(loader)
+    offsets = []
+    for _ in range(7):
+        next(batches)
+        offsets.append(loader.state_dict()["offset"])
+    assert offsets == [0, 0, 12, 12, 12, 24, 24]
+    assert_same(take(loader, 3), take(make(), 3)[2:])
+
+
+def test_the_position_is_kept_when_the_batch_size_changes() -> None:
+    first = make(12)
+    seen = take(first, 3)
+    second = make(7)
+    second.load_state_dict(first.state_dict())
+    seen += take(second, 2)
+    assert_same(seen, take(make(25), 2))
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 3), (2, 2)])
+def test_ranks_and_micro_batches_share_the_samples_of_one_rank_in_order(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, accumulate: int
+) -> None:
+    whole = take(make(12), 10)
+    shares = []
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        shares.append(take(make(12, accumulate=accumulate), 10 * accumulate))
+    in_order = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert_same(in_order, whole)
+
+
+def test_a_world_of_another_size_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make(12)
+    take(one, 4)
+    shares = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        loader = make(12)
+        loader.load_state_dict(one.state_dict())
+        shares.append(next(iter(loader)))
+        assert loader.state_dict() == {"seed": 5, "epoch": 1, "offset": 10}
+    as_rank(monkeypatch, 0, 1)
+    assert_same(shares, take(make(12), 5)[4:])
+
+
+class Growing:
+    """Epochs of 3, 4, 5, ... samples, some of them twice."""
+
+    seed = 0
+
+    def indices(self, epoch: int) -> EpochOrder:
+        return [(self.seed + index) % 4 for index in range(epoch + 3)]
+
+
+def test_epochs_of_differing_length_resume_exactly() -> None:
+    def growing(batch_size: int) -> TrainLoader:
+        return TrainLoader(Noisy(4), Growing(), batch_size, seed=1)
+
+    expected = [(1 + index) % 4 for epoch in range(5) for index in range(epoch + 3)]
+    unbroken = take(growing(5), 5)
+    assert indices(unbroken) == expected
+    first = growing(5)
+    seen = take(first, 2)
+    assert first.state_dict() == {"seed": 1, "epoch": 2, "offset": 3}
+    second = growing(15)
+    second.load_state_dict(first.state_dict())
+    assert_same(seen + take(second, 1), unbroken)
+
+
+def test_a_huge_position_is_reached_at_once() -> None:
+    loader = make(dataset=range(10**8), batch_size=4)
+    loader.load_state_dict({"seed": 5, "epoch": 10**6, "offset": 10**8 - 2})
+    assert len(set(next(iter(loader)).tolist())) == 4
+    assert loader.state_dict() == {"seed": 5, "epoch": 10**6 + 1, "offset": 2}
+
+
+def test_the_checkpoints_seed_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    original = make(seed=5)
+    take(original, 2)
+    resumed = make(seed=6)
+    with caplog.at_level(logging.WARNING):
+        resumed.load_state_dict(original.state_dict())
+    assert "has seed 5, this run has 6" in caplog.text
+    assert_same(take(resumed, 3), take(original, 3))
+    assert resumed.state_dict()["seed"] == 5
+
+
+def test_the_same_seed_is_not_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    loader = make()
+    loader.load_state_dict(loader.state_dict())
+    assert caplog.text == ""
+
+
+def test_each_iterator_continues_and_ends_the_one_before() -> None:
+    loader = make()
+    first = iter(loader)
+    seen = [next(first)]
+    second = iter(loader)
+    seen.append(next(second))
+    with pytest.raises(RuntimeError, match="made another iterator"):
+        next(first)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="Use the newest"):
+        next(second)
+    assert_same(seen + take(loader, 1), take(make(), 3))
+
+
+def rng_is_untouched(before: dict[str, Any]) -> bool:
+    now = get_rng_state()
+    return (
+        torch.equal(now["torch"], before["torch"])
+        and torch.equal(now["numpy"]["key"], before["numpy"]["key"])
+        and now["numpy"]["pos"] == before["numpy"]["pos"]
+        and torch.equal(now["python"][1], before["python"][1])
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_callers_generators_are_left_alone(num_workers: int) -> None:
+    before = get_rng_state()
+    take(make(num_workers=num_workers), 3)
+    assert rng_is_untouched(before)
+
+
+def test_a_failed_fetch_leaves_the_callers_generators_alone() -> None:
+    def fail(sample: Any) -> None:
+        raise LookupError("no such file")
+
+    before = get_rng_state()
+    with pytest.raises(LookupError, match="no such file"):
+        take(make(dataset=MapDataset(Noisy(), fail)), 1)
+    assert rng_is_untouched(before)
+
+
+def test_the_test_loader_does_not_draw_from_the_global_generator(cfg: CfgNode) -> None:
+    before = get_rng_state()
+    list(build_test_loader(cfg, "range", list(range(5))))
+    assert rng_is_untouched(before)
+
+
+def reject_small(sample: dict[str, Any]) -> dict[str, Any] | None:
+    return None if sample["index"] < 25 else sample
+
+
+def test_none_samples_are_replaced_the_same_way_by_workers_and_after_a_resume() -> None:
+    dataset = MapDataset(Noisy(), reject_small)
+    unbroken = make(dataset=dataset)
+    start = take(unbroken, 2)
+    assert min(indices(start)) >= 25
+    resumed = make(dataset=dataset, num_workers=2)
+    resumed.load_state_dict(unbroken.state_dict())
+    assert_same(take(resumed, 4), take(unbroken, 4))
+
+
+def test_reference_counts_alone_free_the_loader() -> None:
+    for num_workers in (0, 1):
+        loader = make(num_workers=num_workers)
+        batches = iter(loader)
+        next(batches)
+        gone = weakref.ref(loader), weakref.ref(loader.dataset)
+        gc.disable()
+        try:
+            del loader, batches
+            assert [ref() for ref in gone] == [None, None]
+        finally:
+            gc.enable()
+
+
+def test_an_empty_data_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="The data set list is empty"):
+        TrainLoader([], Growing(), 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accumulate", "words"),
+    [
+        (10, 4, 1, r"IMS_PER_BATCH is 10, which 4 process\(es\).* Use 8 or 12\."),
+        (128, 1, 3, "SOLVER.ACCUMULATE = 3 cannot share evenly. Use 126 or 129"),
+        (5, 2, 4, r"Use 8\."),
+        (0, 2, 1, r"IMS_PER_BATCH is 0.* Use 2\."),
+        (8, 1, 0, "SOLVER.ACCUMULATE is 0"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    world_size: int,
+    accumulate: int,
+    words: str,
+) -> None:
+    as_rank(monkeypatch, 0, world_size)
+    with pytest.raises(ConfigError, match=words):
+        make(batch_size, accumulate=accumulate)
+
+
+@pytest.fixture
+def cfg() -> CfgNode:
+    return CfgNode(
+        {
+            "DATASETS": {"TRAIN": ("build_test_a",), "TEST": ("build_test_b",)},
+            "INPUT": {"CROP_PADDING": 2, "FLIP_PROB": 0.5, "ERASE_PROB": 0.5},
+            "SOLVER": {"IMS_PER_BATCH": 8, "ACCUMULATE": 2},
+            "DATALOADER": {"NUM_WORKERS": 0, "SAMPLER_TRAIN": "TrainingSampler"},
+            "TEST": {"IMS_PER_BATCH": 3},
+            "SEED": 4,
+            "MODEL": {"DEVICE": "cpu"},
+        }
+    )
+
+
+def image_list(size: int, label: int) -> list[dict[str, Any]]:
+    image = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
+    return [{"image": image, "label": label} for _ in range(size)]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    DatasetCatalog.register("build_test_a", functools.partial(image_list, 10, 0))
+    DatasetCatalog.register("build_test_b", functools.partial(image_list, 6, 1))
+    DatasetCatalog.register("build_test_empty", list)
+    yield
+    for name in ("build_test_a", "build_test_b", "build_test_empty"):
+        DatasetCatalog.remove(name)
+
+
+def test_the_train_loader_is_built_from_the_config(cfg: CfgNode) -> None:
+    loader = build_train_loader(cfg)
+    batch = next(iter(loader))
+    assert batch["image"].shape == (4, 1, 8, 8)
+    assert batch["image"].dtype == torch.uint8
+    assert len(batch["image"].unique(dim=0)) > 1
+    assert (loader.seed, loader.accumulate, loader.pin_memory) == (4, 2, False)
+
+
+def test_several_data_sets_are_trained_on_as_one(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN = ("build_test_a", "build_test_b")
+    loader = build_train_loader(cfg)
+    assert isinstance(loader.dataset.dataset, ConcatDataset)
+    labels = torch.cat([batch["label"] for batch in itertools.islice(loader, 4)])
+    assert labels.bincount().tolist() == [10, 6]
+
+
+def test_a_mapper_replaces_the_configs_transforms(cfg: CfgNode) -> None:
+    loader = build_train_loader(cfg, list(range(20)), mapper=lambda sample: sample + 100)
+    assert next(iter(loader)).min() >= 100
+
+
+def test_transforms_that_are_off_are_not_built(cfg: CfgNode) -> None:
+    cfg.INPUT.update(CROP_PADDING=0, FLIP_PROB=0.0, ERASE_PROB=0.0)
+    assert build_train_mapper(cfg) is None
+    dataset = Noisy()
+    assert build_train_loader(cfg, dataset).dataset is dataset
+    cfg.INPUT.FLIP_PROB = 1.0
+    mapper = build_train_mapper(cfg)
+    assert isinstance(mapper, ImageMapper)
+    assert mapper({"image": torch.tensor([[[1, 2]]])})["image"].tolist() == [[[2, 1]]]
+
+
+def test_without_a_seed_ranks_share_a_random_one(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg.SEED = -1
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: 99)
+    assert build_train_loader(cfg).state_dict()["seed"] == 99
+
+
+class Reversed:
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+
+    def indices(self, epoch: int) -> EpochOrder:
+        return range(self.size)[::-1]
+
+
+def test_a_config_can_name_a_sampler_of_the_users(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SAMPLER_REGISTRY._obj_map, "Reversed", Reversed)
+    cfg.DATALOADER.SAMPLER_TRAIN = "Reversed"
+    loader = build_train_loader(cfg, list(range(6)), mapper=lambda sample: sample)
+    assert next(iter(loader)).tolist() == [5, 4, 3, 2]
+
+
+def test_names_with_a_typo_are_refused_with_the_nearest(cfg: CfgNode) -> None:
+    cfg.DATALOADER.SAMPLER_TRAIN = "TraningSampler"
+    with pytest.raises(UnknownNameError, match=r"DATALOADER.SAMPLER_TRAIN.*'TrainingSampler'"):
+        build_train_loader(cfg)
+    cfg.DATASETS.TRAIN = ("build_tset_a",)
+    with pytest.raises(UnknownNameError, match="Did you mean 'build_test_a'"):
+        build_train_loader(cfg)
+    with pytest.raises(UnknownNameError, match="Did you mean 'build_test_b'"):
+        build_test_loader(cfg, "build_tset_b")
+
+
+def test_data_sets_that_are_empty_or_not_named_are_refused(cfg: CfgNode) -> None:
+    with pytest.raises(ConfigError, match="'build_test_empty' is empty"):
+        build_test_loader(cfg, "build_test_empty")
+    with pytest.raises(ConfigError, match="The data set list is empty"):
+        build_train_loader(cfg, [])
+    cfg.DATASETS.TRAIN = ("build_test_a", "build_test_empty")
+    with pytest.raises(ConfigError, match="'build_test_empty' is empty"):
+        build_train_loader(cfg)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ConfigError, match=r"DATASETS\.TRAIN is empty"):
+        build_train_loader(cfg)
+
+
+def test_the_test_loader_yields_the_samples_unchanged_and_in_order(cfg: CfgNode) -> None:
+    loader = build_test_loader(cfg, "build_test_b")
+    batches = list(loader)
+    assert [len(batch["label"]) for batch in batches] == [3, 3]
+    original = image_list(1, 1)[0]["image"]
+    assert all(torch.equal(image, original) for batch in batches for image in batch["image"])
+
+
+def test_ranks_share_the_test_data_exactly(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        loader = build_test_loader(cfg, "tens", range(7), mapper=lambda sample: sample * 10)
+        seen += torch.cat(list(loader)).tolist()
+    assert seen == [0, 10, 20, 30, 40, 50, 60]

@@ -1,0 +1,145 @@
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+from trainkit.data.common import MAX_ATTEMPTS, MapDataset, SeededBatches
+from trainkit.data.samplers.distributed_sampler import TrainingSampler
+from trainkit.data.samplers.order import EpochOrder
+from trainkit.utils.errors import ConfigError
+
+
+def identity(batch: Any) -> Any:
+    return batch
+
+
+def batches_of(dataset: Any, collate_fn: Callable[[Any], Any] = identity) -> SeededBatches:
+    return SeededBatches(dataset, TrainingSampler(len(dataset), seed=0), 11, collate_fn)
+
+
+def draws(_: Any) -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+class Drawer:
+    """Draws from a generator of its own, reseeded on request."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def set_random_seed(self, seed: int) -> None:
+        self.seeds.append(seed)
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def __call__(self, sample: int) -> int:
+        return sample
+
+
+def test_mapping_applies_the_function() -> None:
+    dataset = MapDataset([1, 2, 3], lambda x: x * 10)
+    assert len(dataset) == 3
+    assert dataset[1] == 20
+
+
+def test_none_passes_through_nested_maps() -> None:
+    inner = MapDataset([1, 2], lambda x: None if x == 1 else x)
+    outer = MapDataset(inner, lambda x: x + 1)
+    assert outer[0] is None
+    assert outer[1] == 3
+
+
+def test_a_sample_draws_the_same_whatever_ran_before() -> None:
+    batches = batches_of(MapDataset(range(10), draws))
+    first = batches.fetch((3, 0, 7))
+    batches.fetch((4, 0, 8))
+    random.random(), np.random.rand(), torch.rand(5)
+    assert batches.fetch((3, 0, 7)) == first
+
+
+def test_positions_and_seeds_draw_differently() -> None:
+    batches = batches_of(MapDataset(range(10), draws))
+    other_seed = SeededBatches(
+        MapDataset(range(10), draws), TrainingSampler(10, seed=0), 12, identity
+    )
+    drawn = [batches.fetch((3, 0, 7)), batches.fetch((3, 0, 8)), batches.fetch((3, 1, 7))]
+    drawn.append(other_seed.fetch((3, 0, 7)))
+    for values in zip(*drawn, strict=True):
+        assert len(set(values)) == 4
+
+
+def test_collation_draws_from_the_first_position() -> None:
+    batches = batches_of(range(10), draws)
+    assert batches[[(1, 0, 4), (2, 0, 5)]] == batches[[(9, 0, 4)]]
+    assert batches[[(1, 0, 4)]] != batches[[(1, 0, 5)]]
+    assert batches[[(1, 0, 4)]] != batches_of(MapDataset(range(10), draws)).fetch((1, 0, 4))
+
+
+def test_objects_with_a_seed_of_their_own_are_reseeded_per_sample() -> None:
+    parts = [Drawer() for _ in range(5)]
+    nested = MapDataset(MapDataset(parts[0], parts[1]), parts[2])
+    dataset: ConcatDataset[int] = ConcatDataset(
+        [Subset(nested, [0, 1]), MapDataset(parts[3], parts[4])]
+    )
+    batches = batches_of(dataset)
+    batches.fetch((0, 0, 5))
+    batches.fetch((1, 0, 6))
+    batches.fetch((0, 0, 5))
+    first, second, again = parts[0].seeds
+    assert first == again != second
+    assert all(part.seeds == parts[0].seeds for part in parts)
+
+
+def reject_even(sample: int) -> int | None:
+    return sample if sample % 2 else None
+
+
+def test_none_is_replaced_by_a_draw_that_the_position_decides() -> None:
+    batches = batches_of(MapDataset(range(100), reject_even))
+    replaced = [batches.fetch((0, 0, offset)) for offset in range(50)]
+    assert all(sample % 2 for sample in replaced)
+    assert len(set(replaced)) > 15
+    assert replaced == [batches.fetch((0, 0, offset)) for offset in range(50)]
+    assert batches.fetch((7, 0, 0)) == 7
+
+
+def test_replacements_come_from_what_the_sampler_offers() -> None:
+    class Subsampler:
+        seed = 0
+
+        def indices(self, epoch: int) -> EpochOrder:
+            return [2, 3, 5]
+
+    batches = SeededBatches(MapDataset(range(100), reject_even), Subsampler(), 0, identity)
+    assert {batches.fetch((2, 0, offset)) for offset in range(40)} == {3, 5}
+
+
+def test_a_replacement_draws_fresh_randomness() -> None:
+    drawn: list[float] = []
+
+    def reject_and_draw(sample: int) -> int | None:
+        drawn.append(torch.rand(()).item())
+        return reject_even(sample)
+
+    batches_of(MapDataset(range(10), reject_and_draw)).fetch((0, 0, 0))
+    assert len(drawn) > 1
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_data_set_of_none_gives_up_with_the_position() -> None:
+    calls: list[int] = []
+
+    def reject(sample: int) -> None:
+        calls.append(sample)
+
+    with pytest.raises(ConfigError, match=r"None for sample 4 \(epoch 2, offset 3\)"):
+        batches_of(MapDataset(range(10), reject)).fetch((4, 2, 3))
+    assert len(calls) == MAX_ATTEMPTS

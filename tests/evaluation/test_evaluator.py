@@ -1,0 +1,242 @@
+import contextlib
+import gc
+import itertools
+import logging
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.evaluation.evaluator import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_context,
+    inference_on_dataset,
+)
+from trainkit.utils import comm
+from trainkit.utils.errors import ConfigError
+
+
+class SumEvaluator(DatasetEvaluator):
+    """Adds up the outputs, and remembers what it was given."""
+
+    def __init__(self, name: str = "sum") -> None:
+        self.name = name
+        self.inputs: list[Any] = [None]
+        self.total = -1.0
+
+    def reset(self) -> None:
+        self.inputs, self.total = [], 0.0
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        self.inputs.append(inputs)
+        self.total += outputs.sum().item()
+
+    def evaluate(self) -> dict[str, Any]:
+        return {self.name: {"total": self.total}}
+
+
+class Doubler(nn.Module):
+    """Doubles its input with a weight, and notes the modes it ran in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.frozen = nn.BatchNorm1d(1).eval()
+        self.modes: list[tuple[bool, bool]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.weight * x
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    return [torch.full((2,), float(i)) for i in range(count)]
+
+
+def test_the_model_runs_over_all_batches_in_evaluation_mode() -> None:
+    model = Doubler()
+    results = inference_on_dataset(model, batches(4), SumEvaluator())
+    assert results == {"sum": {"total": 24.0}}
+    assert model.modes == [(False, False)] * 4
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_loader_without_a_length_will_do() -> None:
+    assert inference_on_dataset(Doubler(), iter(batches(3)), SumEvaluator()) == {
+        "sum": {"total": 12.0}
+    }
+
+
+def test_limit_batches_takes_no_more_from_the_loader() -> None:
+    endless = itertools.repeat(torch.ones(1))
+    results = inference_on_dataset(Doubler(), endless, SumEvaluator(), limit_batches=3)
+    assert results == {"sum": {"total": 6.0}}
+    rest = iter(batches(5))
+    inference_on_dataset(Doubler(), rest, SumEvaluator(), limit_batches=2)
+    assert next(rest)[0].item() == 2.0
+
+
+def test_without_an_evaluator_the_model_runs_and_nothing_comes_back() -> None:
+    model = Doubler()
+    assert inference_on_dataset(model, batches(2), None) == {}
+    assert len(model.modes) == 2
+
+
+def test_an_evaluator_with_nothing_to_say_gives_an_empty_dict() -> None:
+    class Silent(SumEvaluator):
+        def evaluate(self) -> Any:
+            return None
+
+    assert inference_on_dataset(Doubler(), batches(1), Silent()) == {}
+    merged = inference_on_dataset(Doubler(), batches(1), [Silent(), SumEvaluator("b")])
+    assert merged == {"b": {"total": 0.0}}
+
+
+def test_several_evaluators_are_merged() -> None:
+    evaluators = [SumEvaluator("a"), SumEvaluator("b")]
+    results = inference_on_dataset(Doubler(), batches(2), evaluators)
+    assert results == {"a": {"total": 4.0}, "b": {"total": 4.0}}
+
+
+def test_two_results_of_one_name_are_refused() -> None:
+    evaluators = DatasetEvaluators([SumEvaluator(), SumEvaluator()])
+    with pytest.raises(ConfigError, match="Two evaluators both have results named sum"):
+        evaluators.evaluate()
+
+
+def test_an_evaluator_without_its_methods_says_so() -> None:
+    with pytest.raises(NotImplementedError, match=r"DatasetEvaluator does not define process\(\)"):
+        inference_on_dataset(Doubler(), batches(1), DatasetEvaluator())
+    with pytest.raises(NotImplementedError, match=r"DatasetEvaluator does not define evaluate\(\)"):
+        inference_on_dataset(Doubler(), [], DatasetEvaluator())
+
+
+def test_batches_go_to_the_device_of_the_model() -> None:
+    class OnMeta(Doubler):
+        def forward(self, x: Any) -> torch.Tensor:
+            assert x["image"].device.type == "meta"
+            return torch.zeros(1)
+
+    evaluator = SumEvaluator()
+    inference_on_dataset(OnMeta().to("meta"), [{"image": torch.ones(1), "id": 7}], evaluator)
+    assert evaluator.inputs[0]["image"].device.type == "meta"
+    assert evaluator.inputs[0]["id"] == 7
+
+
+def test_move_batch_decides_what_model_and_evaluator_see() -> None:
+    evaluator = SumEvaluator()
+    inference_on_dataset(Doubler(), [1.0, 2.0], evaluator, move_batch=torch.tensor)
+    assert [x.item() for x in evaluator.inputs] == [1.0, 2.0]
+    assert evaluator.total == 6.0
+
+
+def test_each_module_gets_its_own_mode_back_even_after_an_error() -> None:
+    model = Doubler()
+    with inference_context(model):
+        assert not model.training
+    assert (model.training, model.frozen.training) == (True, False)
+    with pytest.raises(ZeroDivisionError), inference_context(model):
+        raise ZeroDivisionError
+    assert (model.training, model.frozen.training) == (True, False)
+
+
+def test_a_failing_batch_leaves_the_model_as_it_was() -> None:
+    class Failing(SumEvaluator):
+        def process(self, inputs: Any, outputs: Any) -> None:
+            raise RuntimeError("cannot judge this")
+
+    model = Doubler()
+    with pytest.raises(RuntimeError, match=r"^cannot judge this$"):
+        inference_on_dataset(model, batches(2), Failing())
+    assert model.training
+    assert len(model.modes) == 1
+
+
+def test_an_error_on_another_rank_is_raised_before_results_are_exchanged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Exchanging(SumEvaluator):
+        def evaluate(self) -> dict[str, Any]:
+            raise AssertionError("the rank that failed never comes here, so this one would wait")
+
+    monkeypatch.setattr(comm, "all_gather", lambda own: [own, ConfigError("bad image")])
+    with pytest.raises(ConfigError, match="rank 1 failed: bad image"):
+        inference_on_dataset(Doubler(), batches(1), Exchanging())
+
+
+def test_a_failed_evaluation_keeps_nothing_alive() -> None:
+    class Failing(SumEvaluator):
+        def process(self, inputs: Any, outputs: Any) -> None:
+            raise RuntimeError("cannot judge this")
+
+    def run() -> weakref.ref[nn.Module]:
+        model = Doubler()
+        with contextlib.suppress(RuntimeError):
+            inference_on_dataset(model, batches(2), Failing())
+        return weakref.ref(model)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert run()() is None
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_ddp_model_runs_without_its_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = DistributedDataParallel(Doubler())
+
+    def forward(*args: Any) -> None:
+        raise AssertionError("DDP's forward may wait for ranks that have no batch left")
+
+    monkeypatch.setattr(wrapped, "forward", forward)
+    assert inference_on_dataset(wrapped, batches(2), SumEvaluator()) == {"sum": {"total": 4.0}}
+    assert wrapped.training
+
+
+@pytest.mark.parametrize(
+    ("limit", "sized", "expected"),
+    [
+        (None, True, "Inference done 3/4. 2.0000 s/batch. ETA=0:00:02"),
+        (None, False, "Inference done 3/?. 2.0000 s/batch."),
+        (100, True, "Inference done 3/4. 2.0000 s/batch. ETA=0:00:02"),
+        (3602, False, "Inference done 3/3602. 2.0000 s/batch. ETA=1:59:58"),
+    ],
+)
+def test_progress_is_logged_every_five_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    limit: int | None,
+    sized: bool,
+    expected: str,
+) -> None:
+    clock = itertools.count(step=2.0)  # Each batch takes two seconds.
+    fake_time = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("trainkit.evaluation.evaluator.time", fake_time)
+    loader = batches(4) if sized else iter(batches(4))
+    with caplog.at_level(logging.INFO):
+        inference_on_dataset(Doubler(), loader, None, limit_batches=limit)
+    total = {None: "4" if sized else "an unknown number of", 100: "4", 3602: "3602"}[limit]
+    assert caplog.messages == [
+        f"Start inference on {total} batches",
+        expected,
+        "Inference on 4 batches took 10.0 s",
+    ]

@@ -1,0 +1,60 @@
+"""Trains or evaluates what a config describes; copy this file and change what you need.
+
+To bring a model, data, evaluator or hooks of your own, override the methods of `Trainer` below.
+"""
+
+import argparse
+from typing import Any
+
+from trainkit.checkpoint import Checkpointer
+from trainkit.config import CfgNode, get_cfg
+from trainkit.engine import (
+    DefaultTrainer,
+    default_argument_parser,
+    default_setup,
+    exit_codes,
+    launch,
+)
+from trainkit.evaluation import verify_results
+
+
+class Trainer(DefaultTrainer):
+    """The trainer; every `build_*` method of `DefaultTrainer` can be overridden here."""
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Merges defaults, config file and command line, and starts logging."""
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs on every process."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    with exit_codes(debug=args.debug):
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )

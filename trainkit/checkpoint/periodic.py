@@ -1,0 +1,47 @@
+"""`PeriodicCheckpointer`: which iterations are saved, under which name, and which are kept."""
+
+from typing import Any
+
+from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.utils.period import is_due
+
+
+class PeriodicCheckpointer:
+    """Saves every `period` iterations and after the last one, and keeps the newest.
+
+    Args:
+        checkpointer: Saves.
+        period: Iterations between two checkpoints; 0 saves only at the end.
+        max_iter: Length of the run; None for one without an end.
+        max_to_keep: Periodic checkpoints to keep, earlier processes' included; None keeps all.
+        file_prefix: Beginning of the file names.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        max_iter: int | None = None,
+        max_to_keep: int | None = None,
+        file_prefix: str = "model",
+    ) -> None:
+        if max_to_keep is not None and max_to_keep < 1:
+            raise ValueError(f"max_to_keep is {max_to_keep}; keep at least 1, or None for all.")
+        self.checkpointer = checkpointer
+        self.period = period
+        self.max_iter = max_iter
+        self.max_to_keep = max_to_keep
+        self.file_prefix = file_prefix
+
+    def step(self, iteration: int, **extra: Any) -> None:
+        """Saves what is due after 0-based `iteration`, with extra data."""
+        if is_due(iteration, self.period):
+            self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **extra)
+        if self.max_iter is not None and iteration >= self.max_iter - 1:
+            self.save(f"{self.file_prefix}_final", iteration=iteration, **extra)
+
+    def save(self, name: str, **extra: Any) -> None:
+        """Saves now, under a name of its own, and deletes what is no longer to be kept."""
+        self.checkpointer.save(name, **extra)
+        if self.max_to_keep is not None:
+            self.checkpointer.keep_newest(self.file_prefix, self.max_to_keep)

@@ -1,0 +1,112 @@
+"""Fetching: a sample and a batch as functions of the data set, the seed and the position."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from trainkit.data.samplers.order import EpochSampler, SampleKey
+from trainkit.utils.errors import ConfigError
+from trainkit.utils.random import hash64, seed_generators
+
+_SAMPLE_TAG = int.from_bytes(b"sample", "big")
+_COLLATE_TAG = int.from_bytes(b"collate", "big")
+
+MAX_ATTEMPTS = 100
+"""Draws at one position before a data set that keeps returning None is given up."""
+
+
+class MapDataset(Dataset[Any]):
+    """A data set whose samples pass through a function.
+
+    Args:
+        dataset: Anything with `__len__` and `__getitem__`.
+        map_func: Called with a sample; returns the mapped sample, or None to have it replaced by
+            the training loader. A sample that is None already does not reach it.
+    """
+
+    def __init__(self, dataset: Any, map_func: Callable[[Any], Any]) -> None:
+        self.dataset = dataset
+        self.map_func = map_func
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        return None if sample is None else self.map_func(sample)
+
+
+class SeededBatches(Dataset[Any]):
+    """Makes the batch that belongs to a list of keys, whoever asks and whatever ran before.
+
+    Before each sample the global generators of Python, NumPy and torch's CPU are seeded from its
+    position, and `set_random_seed(seed)` is called on the data set and on what it wraps (through
+    `MapDataset`, and torch's `ConcatDataset` and `Subset`) where there is such a method. They are
+    seeded once more before the samples are collated.
+
+    Args:
+        dataset: Anything with `__len__` and `__getitem__`.
+        sampler: Where a sample that comes back as None is replaced from: a draw from its epoch.
+        seed: Decides all randomness, together with the positions.
+        collate_fn: Turns the list of samples into a batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: EpochSampler,
+        seed: int,
+        collate_fn: Callable[[list[Any]], Any],
+    ) -> None:
+        self._dataset = dataset
+        self._sampler = sampler
+        self._seed = seed
+        self._collate_fn = collate_fn
+        self._seedables = [part for part in _parts(dataset) if hasattr(part, "set_random_seed")]
+
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Any:
+        samples = [self.fetch(key) for key in keys]
+        _, epoch, offset = keys[0]
+        seed_generators(hash64(self._seed, _COLLATE_TAG, epoch, offset))
+        return self._collate_fn(samples)
+
+    def fetch(self, key: SampleKey) -> Any:
+        """Returns the sample of one key, or the first of its replacements that is not None.
+
+        Raises:
+            ConfigError: If there is none within `MAX_ATTEMPTS` draws.
+        """
+        index, epoch, offset = key
+        position_seed = hash64(self._seed, _SAMPLE_TAG, epoch, offset)
+        sample = self._fetch_seeded(index, position_seed)
+        for attempt in range(1, MAX_ATTEMPTS):
+            if sample is not None:
+                return sample
+            draw = hash64(position_seed, attempt)
+            order = self._sampler.indices(epoch)
+            sample = self._fetch_seeded(int(order[draw % len(order)]), draw)
+        if sample is None:
+            raise ConfigError(
+                f"The data set returned None for sample {index} (epoch {epoch}, offset {offset}) "
+                f"and for {MAX_ATTEMPTS - 1} samples drawn in its place. Check what the data set "
+                "and its mapper reject."
+            )
+        return sample
+
+    def _fetch_seeded(self, index: int, seed: int) -> Any:
+        seed_generators(seed)
+        for part in self._seedables:
+            part.set_random_seed(seed)
+        return self._dataset[index]
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    yield dataset
+    if isinstance(dataset, ConcatDataset):
+        for inner in dataset.datasets:
+            yield from _parts(inner)
+    elif isinstance(dataset, (MapDataset, Subset)):
+        yield from _parts(dataset.dataset)
+    if isinstance(dataset, MapDataset):
+        yield dataset.map_func

@@ -1,0 +1,27 @@
+"""Which samples are seen, and in which order."""
+
+from trainkit.data.samplers.distributed_sampler import (
+    SAMPLER_REGISTRY,
+    InferenceSampler,
+    TrainingSampler,
+)
+from trainkit.data.samplers.order import (
+    EndlessOrder,
+    EpochOrder,
+    EpochSampler,
+    Position,
+    SampleKey,
+)
+from trainkit.data.samplers.permutation import Permutation
+
+__all__ = [
+    "SAMPLER_REGISTRY",
+    "EndlessOrder",
+    "EpochOrder",
+    "EpochSampler",
+    "InferenceSampler",
+    "Permutation",
+    "Position",
+    "SampleKey",
+    "TrainingSampler",
+]

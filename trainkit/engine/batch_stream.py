@@ -1,0 +1,143 @@
+"""An endless stream of batches from any data loader, which knows where it stands."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from trainkit.utils.errors import ConfigError
+from trainkit.utils.random import get_rng_state, isolated_rng, set_rng_state
+
+logger = logging.getLogger(__name__)
+
+
+class BatchStream:
+    """Draws batches endlessly: a loader that ends is begun again, as the next epoch.
+
+    A loader with `state_dict` and `load_state_dict` (trainkit's own, torchdata's) resumes by them.
+    Any other resumes by passing over the batches of the epoch that were consumed; what that cannot
+    restore is said once.
+
+    Args:
+        data_loader: Anything that can be iterated more than once.
+    """
+
+    def __init__(self, data_loader: Iterable[Any]) -> None:
+        self._loader = data_loader
+        self._is_stateful = hasattr(data_loader, "load_state_dict")
+        self._iterator: Iterator[Any] | None = None
+        self._epoch = 0
+        self._num_consumed = 0
+        self._epoch_rng: dict[str, Any] | None = None
+
+    @property
+    def draws_global_randomness(self) -> bool:
+        """Whether fetching may draw from the global generators."""
+        return not self._is_stateful
+
+    def __next__(self) -> Any:
+        iterator = self._iterator or self._begin_epoch()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            batch = self._next_of_next_epoch()
+        self._num_consumed += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position after the last batch that was drawn."""
+        if self._is_stateful:
+            return {"loader": self._loader.state_dict()}  # type: ignore[attr-defined]  # checked
+        return {
+            "epoch": self._epoch,
+            "num_consumed": self._num_consumed,
+            "epoch_rng": self._epoch_rng,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at the position of `state_dict`."""
+        self._iterator = None
+        if self._is_stateful and "loader" in state:
+            self._loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]  # checked
+        elif "epoch" in state:
+            self._epoch = state["epoch"]
+            self._num_consumed = state["num_consumed"]
+            self._epoch_rng = state["epoch_rng"]
+            logger.warning(
+                "The data loader (%s) has no state of its own: %d batches of epoch %d are passed "
+                "over. Randomness inside its worker processes and private generators is not "
+                "restored; trainkit.data's TrainLoader restores everything.",
+                type(self._loader).__name__,
+                self._num_consumed,
+                self._epoch,
+            )
+
+    def _begin_epoch(self) -> Iterator[Any]:
+        if self._is_stateful:
+            self._iterator = iter(self._loader)
+            return self._iterator
+        sampler = getattr(self._loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(self._epoch)
+        # A loader draws the order of its epoch from the global generators when it is begun.
+        resumed = self._epoch_rng is not None and self._num_consumed > 0
+        with isolated_rng() if resumed else contextlib.nullcontext():
+            generator = getattr(self._loader, "generator", None)
+            if resumed and self._epoch_rng is not None:
+                set_rng_state(self._epoch_rng)
+                if generator is not None:
+                    generator.set_state(self._epoch_rng["loader"])
+            self._epoch_rng = get_rng_state()
+            if generator is not None:
+                self._epoch_rng["loader"] = generator.get_state()
+            self._iterator = self._passing_over(self._num_consumed)
+        return self._iterator
+
+    def _passing_over(self, count: int) -> Iterator[Any]:
+        """Begins the loader after `count` batches, without fetching them where that is possible."""
+        loader = self._loader
+        if (
+            count == 0
+            or not isinstance(loader, DataLoader)
+            or isinstance(loader.dataset, IterableDataset)
+            or loader.batch_sampler is None
+        ):
+            return islice(iter(loader), count, None)
+        # An unbroken loader draws the seed of its workers before its sampler draws the order.
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        return iter(
+            DataLoader(
+                loader.dataset,
+                batch_sampler=list(islice(loader.batch_sampler, count, None)),
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                timeout=loader.timeout,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context,
+                generator=torch.Generator(),
+                prefetch_factor=loader.prefetch_factor,
+            )
+        )
+
+    def _next_of_next_epoch(self) -> Any:
+        self._iterator = None
+        self._epoch += 1
+        consumed, self._num_consumed = self._num_consumed, 0
+        try:
+            return next(self._begin_epoch())
+        except StopIteration:
+            kind = type(self._loader).__name__
+            if iter(self._loader) is self._loader:
+                raise ConfigError(
+                    f"The data loader ({kind}) is an iterator that ended after {consumed} batches "
+                    "and cannot begin again. Pass something iterable, such as a DataLoader."
+                ) from None
+            raise ConfigError(
+                f"The data loader ({kind}) yields no batch. Its data set may be empty, or smaller "
+                "than one batch while drop_last is on."
+            ) from None

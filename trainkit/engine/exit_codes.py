@@ -1,0 +1,35 @@
+"""What a command-line tool prints and returns when a run ends in an error."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from trainkit.utils import comm
+from trainkit.utils.errors import USER_ERRORS
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+@contextlib.contextmanager
+def exit_codes(debug: bool = False) -> Iterator[None]:
+    """Turns the errors that a user can mend into one message and exit code 1.
+
+    Any other error keeps its traceback; Ctrl-C exits with 130.
+
+    Args:
+        debug: Whether to keep every traceback.
+
+    Raises:
+        SystemExit: Instead of the error.
+    """
+    try:
+        yield
+    except USER_ERRORS as e:
+        if debug:
+            raise
+        rank = f" on rank {comm.get_rank()}" if comm.get_world_size() > 1 else ""
+        print(f"{type(e).__name__}{rank}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

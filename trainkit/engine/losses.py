@@ -1,0 +1,61 @@
+"""What a model returns in training, and how micro-batches add up to one batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trainkit.utils.errors import ConfigError
+from trainkit.utils.nested import batch_size
+
+
+def parse_losses(output: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Splits a model's training output into named values and the loss to backpropagate.
+
+    Args:
+        output: A scalar loss, or a dict of scalars: those that require a gradient are losses and
+            add up, the others are metrics.
+
+    Returns:
+        The values by name, each 0-d, and their total, which requires a gradient.
+
+    Raises:
+        ConfigError: If there is no loss in the output.
+    """
+    values = {"total_loss": output} if isinstance(output, torch.Tensor) else output
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(
+            "In training, the model must return a scalar loss or a dict of scalar losses, but it "
+            f"returned {_describe(output)}. Compute the loss in the model's forward, when "
+            "self.training is true."
+        )
+    named = {name: torch.as_tensor(value) for name, value in values.items()}
+    losses = [value for value in named.values() if value.requires_grad]
+    if not losses or any(value.ndim for value in named.values()):
+        raise ConfigError(
+            "In training, the model must return scalars, and at least one of them a loss that "
+            f"requires a gradient, but it returned {_describe(output)}. Reduce losses with mean(), "
+            "and keep them attached to the parameters (no detach, no_grad or item)."
+        )
+    return named, losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def micro_batch_weights(batches: Sequence[Any]) -> list[float]:
+    """Returns each micro-batch's share of the samples, which weights its mean loss.
+
+    With these weights the gradients add up to that of one large batch, also when the last
+    micro-batch is smaller. Batches whose size cannot be told count alike.
+    """
+    sizes = [batch_size(batch) for batch in batches]
+    known = [size for size in sizes if size]
+    if len(known) < len(batches):
+        return [1 / len(batches)] * len(batches)
+    return [size / sum(known) for size in known]
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, torch.Tensor):
+        return f"a tensor of shape {tuple(output.shape)}, requires_grad={output.requires_grad}"
+    if isinstance(output, dict):
+        return "{" + ", ".join(f"{k!r}: {_describe(v)}" for k, v in output.items()) + "}"
+    return repr(output)[:200]

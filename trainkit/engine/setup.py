@@ -1,0 +1,127 @@
+"""What a script does before it trains: arguments, folder, logs, environment; and its writers."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.config.config import CfgNode
+from trainkit.utils import comm
+from trainkit.utils.collect_env import collect_env_info
+from trainkit.utils.env import seed_all_rng
+from trainkit.utils.errors import ConfigError
+from trainkit.utils.events.json_writer import JSONWriter
+from trainkit.utils.events.printer import CommonMetricPrinter
+from trainkit.utils.events.tensorboard import TensorboardXWriter
+from trainkit.utils.events.writer import EventWriter
+from trainkit.utils.file_io import write_atomically
+from trainkit.utils.logger import setup_logger
+
+logger = logging.getLogger(__name__)
+
+
+def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of `tools/train_net.py`, to which a script may add its own arguments."""
+    parser = argparse.ArgumentParser(
+        epilog=epilog
+        or f"""
+Examples:
+
+    {sys.argv[0]} --config-file configs/fashion_mnist.yaml
+    {sys.argv[0]} --config-file configs/fashion_mnist.yaml --resume
+    {sys.argv[0]} --config-file configs/fashion_mnist.yaml --num-gpus 2 SOLVER.BASE_LR 0.05
+    torchrun --nproc-per-node 2 {sys.argv[0]} --config-file configs/fashion_mnist.yaml
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a YAML config")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest valid checkpoint, if any"
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine")
+    parser.add_argument(
+        "--dist-url", default="auto", help="where processes meet: tcp://HOST:PORT, or auto"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="settings that override the config, as in SOLVER.BASE_LR 0.05",
+    )
+    return parser
+
+
+def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Makes the output folder, starts the logs, writes down the config, seeds, sets torch up.
+
+    Args:
+        cfg: The whole config.
+        args: What `default_argument_parser` parsed.
+
+    Raises:
+        ConfigError: On every rank, if the output folder cannot be written.
+    """
+    comm.on_main(lambda: _make_writable(cfg.OUTPUT_DIR))
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    logger.info("Rank %d of %d", comm.get_rank(), comm.get_world_size())
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line: %s", args)
+    logger.info("Config:\n%s", cfg.dump())
+    if comm.is_main_process():
+        write_atomically(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+    if cfg.SEED >= 0:
+        seed_all_rng(cfg.SEED)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+
+
+def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
+    """Returns the writers of a run: the log, `metrics.json`, and TensorBoard if it is installed."""
+    writers: list[EventWriter] = [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(Path(output_dir, "metrics.json")),
+    ]
+    if importlib.util.find_spec("tensorboard"):
+        writers.append(TensorboardXWriter(output_dir))
+    else:
+        logger.info("No TensorBoard events: pip install 'trainkit[tensorboard]' to get them.")
+    return writers
+
+
+def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
+    """Wraps a model in DistributedDataParallel if there are several processes.
+
+    Args:
+        model: On its device.
+        kwargs: Further arguments of DistributedDataParallel.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **kwargs)
+
+
+def _make_writable(output_dir: str) -> None:
+    probe = Path(output_dir, f".writable-{os.getpid()}")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(
+            f"OUTPUT_DIR is {output_dir!r}, where nothing can be written: {e.strerror}. Set "
+            "OUTPUT_DIR to a folder that you may write to."
+        ) from None

@@ -1,0 +1,421 @@
+"""The loop, shown as the loop: `TrainerBase`, and `SimpleTrainer`'s step."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.engine.batch_stream import BatchStream
+from trainkit.engine.hook_base import (
+    AfterStepHooks,
+    HookBase,
+    call_each,
+    check_on_all_ranks,
+    hooks_state_dict,
+    load_hooks_state_dict,
+    overriding,
+    priority_of,
+)
+from trainkit.engine.interrupt import interrupt_as_request
+from trainkit.engine.losses import micro_batch_weights, parse_losses
+from trainkit.engine.step_metrics import FINISH, StepMetrics
+from trainkit.solver.clip import GradientClipper, total_grad_norm
+from trainkit.utils import comm
+from trainkit.utils.device import PRECISIONS, autocast
+from trainkit.utils.events.storage import EventStorage
+from trainkit.utils.nested import move_to
+from trainkit.utils.period import is_due
+from trainkit.utils.random import get_rng_state, seed_step, set_rng_state
+
+__all__ = ["AMPTrainer", "HookBase", "SimpleTrainer", "TrainerBase"]
+
+logger = logging.getLogger(__name__)
+
+# What a loader draws in this process must not be what the forward pass draws.
+_FETCH_TAG = 1
+
+
+class TrainerBase:
+    """A loop with hooks; it knows no model, no data and no optimizer.
+
+    Attributes:
+        iter: The current iteration, 0-based; `max_iter` after a run that came to its end.
+        start_iter, max_iter: Where this run starts and ends.
+        storage: The metrics of the run.
+        interruption: Why the run leaves before its end, or None.
+    """
+
+    def __init__(self) -> None:
+        self.iter = self.start_iter = self.max_iter = self._planned_iter = 0
+        self.storage = EventStorage()
+        self.interruption: str | None = None
+        self._hooks: list[HookBase] = []
+        self._started_hooks: list[HookBase] = []
+        self._after_step_hooks = AfterStepHooks([])
+        self._loaded: dict[str, Any] = {}
+
+    def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
+        """Adds hooks, in their place by priority; None is passed over."""
+        for hook in (h for h in hooks if h is not None):
+            hook.trainer = self
+            self._hooks.append(hook)
+        self._hooks.sort(key=priority_of)
+
+    def train(self, start_iter: int, max_iter: int) -> Any:
+        """Runs the iterations from `start_iter` up to, not including, `max_iter`.
+
+        What a step or a hook raises first reaches the caller, with later errors as its notes.
+        Ctrl-C raises KeyboardInterrupt once the step is finished and the hooks have saved.
+        """
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.interruption = None
+        self._started_hooks = []
+        with interrupt_as_request(self.request_stop), EventStorage(start_iter) as self.storage:
+            try:
+                self._begin(max_iter)
+                self.before_train()
+                self._finish_cut_step()
+                while self.iter < self.max_iter and self.interruption is None:
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    self.iter += 1
+            except BaseException as failure:
+                # Somewhere inside a step: there is nothing whole that a hook could save.
+                self.interruption = None
+                if self.iter == self.max_iter:
+                    # Before the first of no steps; to the hooks this would read as success.
+                    self.iter -= 1
+                logger.exception("Exception during training, in iteration %d:", self.iter)
+                call_each([self.after_train], failure)
+                raise
+            self.after_train()
+
+    def run_step(self) -> None:
+        """One iteration; subclasses say what it is."""
+        raise NotImplementedError(f"{type(self).__name__} must define run_step.")
+
+    def before_train(self) -> None:
+        """Calls the hooks' `before_train`."""
+        self._before_step_hooks = overriding(self._hooks, "before_step")
+        self._after_backward_hooks = overriding(self._hooks, "after_backward")
+        self._after_step_hooks = AfterStepHooks(self._hooks)
+        for hook in self._hooks:
+            hook.before_train()
+            self._started_hooks.append(hook)
+
+    def after_train(self) -> None:
+        """Calls `after_train` of every hook that was started, even when one of them raises."""
+        self.storage.iter = self.iter
+        self._after_step_hooks.running = None
+        call_each([hook.after_train for hook in self._started_hooks])
+
+    def before_step(self) -> None:
+        """Calls the hooks' `before_step`."""
+        self.storage.iter = self.iter
+        for hook in self._before_step_hooks:
+            hook.before_step()
+
+    def after_backward(self) -> None:
+        """Calls the hooks' `after_backward`; a `run_step` of your own should call it too."""
+        for hook in self._after_backward_hooks:
+            hook.after_backward()
+
+    def after_step(self) -> None:
+        """Calls the hooks' `after_step`."""
+        self._after_step_hooks.run()
+
+    def request_stop(self, reason: str, finished: bool = False) -> None:
+        """Ends the run after this step, for a reason that is logged.
+
+        A `finished` run has reached its aim: `max_iter` is lowered, and all that follows a success
+        follows. An interrupted one saves and leaves at once, and a resume continues it.
+        """
+        logger.info("Stopping in iteration %d: %s", self.iter, reason)
+        if finished:
+            self.max_iter = self.iter + 1
+        else:
+            self.interruption = reason
+
+    def sync_metrics(self) -> None:
+        """Brings metrics and requests of all ranks together; this class has none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the run stands, possibly inside a step; every rank calls it."""
+        is_cut = self._after_step_hooks.running is not None
+        return {
+            # The last iteration whose update was made; the pending hooks have yet to run in it.
+            "iteration": self.iter if is_cut else self.iter - 1,
+            "pending": self._after_step_hooks.pending(),
+            "max_iter": self.max_iter,
+            "planned_iter": self._planned_iter,
+            "hooks": hooks_state_dict(self._hooks),
+            "storage": self.storage.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back a `state_dict`; `train(iter + 1, …)` then goes on from the cut."""
+        self.iter = state["iteration"]
+        self._loaded = state
+        load_hooks_state_dict(self._hooks, state.get("hooks", {}))
+
+    def _begin(self, max_iter: int) -> None:
+        """Takes the loaded state, if this run goes on where that was cut."""
+        if self._loaded.get("iteration") != self.start_iter - 1:
+            self._loaded = {}
+        self.storage.load_state_dict(self._loaded.get("storage", {}))
+        self._planned_iter = self.max_iter = max_iter
+        # A run that ended early stays at its end, unless it is now meant to be longer.
+        if self._loaded.get("planned_iter") == max_iter:
+            self.max_iter = self._loaded["max_iter"]
+
+    def _finish_cut_step(self) -> None:
+        """Runs the hooks that a checkpoint inside a step was taken before."""
+        pending = self._loaded.get("pending", [])
+        # It holds a copy of the optimizer's state, too large to keep while the run goes on.
+        self._loaded = {}
+        self.iter = self.storage.iter = self.start_iter - 1
+        self._after_step_hooks.run(pending)
+        self.iter = self.start_iter
+
+
+class SimpleTrainer(TrainerBase):
+    """Trains one model with one optimizer on one stream of batches.
+
+    Called without arguments it only initializes the loop, for subclasses that bring a `run_step`.
+
+    Args:
+        model: Returns a scalar loss or a dict of them in training mode. It is put into that mode.
+        data_loader: Any iterable of batches; one that ends is begun again.
+        optimizer: Updates the model's parameters.
+        gather_metric_period: Iterations between two reductions of metrics over ranks, which are
+            also when an accelerator's metrics are checked and several ranks agree to stop.
+        precision: "fp32", or "bf16" by autocast.
+        accumulate: Micro-batches drawn for each optimizer step.
+        grad_clipper: Clips gradients and returns their norm before.
+        seed: Seeds the generators before each forward pass, from (seed, rank, iteration,
+            micro-batch). Without one, checkpoints hold the generators' states.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        data_loader: Iterable[Any] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        gather_metric_period: int = 20,
+        *,
+        precision: str = "fp32",
+        accumulate: int = 1,
+        grad_clipper: GradientClipper | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_precision(precision)
+        if accumulate < 1:
+            raise ConfigError(f"accumulate (SOLVER.ACCUMULATE) is {accumulate}; it is at least 1.")
+        self.gather_metric_period = gather_metric_period
+        self.precision = precision
+        self.accumulate = accumulate
+        self.grad_clipper = grad_clipper or total_grad_norm
+        self.seed = seed
+        self._metrics = StepMetrics()
+        self._stop_request: tuple[str, bool] | None = None
+        if model is None or data_loader is None or optimizer is None:
+            return
+        self.model = model.train()
+        self.optimizer = optimizer
+        self.reset_data_loader(data_loader)
+
+    def reset_data_loader(self, data_loader: Iterable[Any]) -> None:
+        """Draws the next batches from another loader, from its beginning."""
+        self.data_loader = data_loader
+        self._batches = BatchStream(data_loader)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def run_step(self) -> None:
+        """One optimizer step: batches, losses, backward, clip, update."""
+        start = time.perf_counter()
+        batches = self._draw_batches()
+        data_time = time.perf_counter() - start
+
+        self.optimizer.zero_grad()
+        loss_dict = self._forward_backward(batches)
+        self.after_backward()
+        grad_norm = self.grad_clipper(self._parameters())
+        self._write_metrics(loss_dict, data_time, grad_norm=grad_norm)
+        self.optimizer.step()
+
+    def move_batch(self, batch: Any) -> Any:
+        """Returns a batch on the model's device; override it for batches of your own kind."""
+        return move_to(batch, self.device)
+
+    def _draw_batches(self) -> list[Any]:
+        if self._batches.draws_global_randomness:
+            self._seed_generators(tag=_FETCH_TAG)
+        return [next(self._batches) for _ in range(self.accumulate)]
+
+    def _forward_backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:
+        """Accumulates the gradients of all micro-batches and returns the values of the batch."""
+        loss_dict: dict[str, torch.Tensor] = {}
+        for index, weight in enumerate(micro_batch_weights(batches)):
+            self._seed_generators(index)
+            with self._reducing_gradients(index == len(batches) - 1):
+                with autocast(self.precision, self.device):
+                    values, loss = parse_losses(self.model(self.move_batch(batches[index])))
+                (self._poisoned_if_not_finite(loss) * weight).backward()
+            for name, value in {**values, "total_loss": loss}.items():
+                loss_dict[name] = value.detach() * weight + loss_dict.get(name, 0.0)
+        return loss_dict
+
+    def _poisoned_if_not_finite(self, loss: torch.Tensor) -> torch.Tensor:
+        # On the CPU every update is checked, by the norm of the reduced gradients, which is the
+        # same on all ranks: a loss that is not finite must reach it even if its gradients are.
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            return loss * math.nan
+        return loss
+
+    def _reducing_gradients(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.model, DistributedDataParallel) and not is_last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _seed_generators(self, index: int = 0, tag: int = 0) -> None:
+        if self.seed is not None:
+            seed_step(
+                self.seed,
+                rank=comm.get_rank(),
+                iteration=self.iter,
+                micro_batch=index,
+                device=self.device,
+                tag=tag,
+            )
+
+    def _write_metrics(
+        self,
+        loss_dict: dict[str, torch.Tensor],
+        data_time: float,
+        prefix: str = "",
+        grad_norm: torch.Tensor | None = None,
+    ) -> None:
+        """Puts a step's losses and times into the storage, without waiting for a device.
+
+        Args:
+            loss_dict: 0-d tensors by name; their sum is put as `total_loss` unless it is there.
+            data_time: Seconds spent waiting for the batch.
+            prefix: Put before each name.
+            grad_norm: 0-d, the norm of the gradients, the same on all ranks.
+
+        Raises:
+            FloatingPointError: On the CPU, if the step is not finite; the update must not follow.
+        """
+        is_finite = self._metrics.put(self.storage, loss_dict, data_time, prefix, grad_norm)
+        if not is_finite:
+            self.sync_metrics()
+
+    def sync_metrics(self) -> None:
+        """Reduces metrics over ranks, checks that they are finite, and agrees on a stop.
+
+        Every rank calls it, in the same iteration: every `gather_metric_period` iterations, and
+        before each checkpoint and evaluation.
+
+        Raises:
+            FloatingPointError: On every rank, if a step on any rank was not finite.
+        """
+        request, self._stop_request = self._stop_request, None
+        stops = self._metrics.sync(self.storage, request)
+        if any(stops):
+            reason, _ = request or (f"request of rank {stops.index(max(stops))}", False)
+            super().request_stop(reason, finished=max(stops) == FINISH)
+
+    def request_stop(self, reason: str, finished: bool = False) -> None:
+        """Ends the run after this step, or with several ranks when they next sync metrics."""
+        if comm.get_world_size() == 1:
+            super().request_stop(reason, finished)
+        else:
+            self._stop_request = (reason, finished)
+
+    def before_train(self) -> None:
+        """Calls the hooks' `before_train`, once all ranks have the hooks that communicate."""
+        self._metrics.since = self.start_iter - 1
+        self._stop_request = None
+        check_on_all_ranks(self._hooks)
+        super().before_train()
+
+    def after_step(self) -> None:
+        """Calls the hooks' `after_step`, with metrics of all ranks where they are due."""
+        if is_due(self.iter, self.gather_metric_period) or self.iter + 1 >= self.max_iter:
+            self.sync_metrics()
+        super().after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that decides the future; every rank calls it.
+
+        Raises:
+            FloatingPointError: If a step since the last check was not finite, so that no
+                checkpoint holds its effects.
+        """
+        self.sync_metrics()
+        state = super().state_dict()
+        state["optimizer"] = self.optimizer.state_dict()
+        state["data"] = comm.all_gather(self._batches.state_dict())
+        state["seed"] = self.seed
+        if self.seed is None:
+            state["rng"] = comm.all_gather(get_rng_state(self.device))
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back a `state_dict`, that of another world size included."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seed = state.get("seed", self.seed)
+        if "data" in state:
+            self._batches.load_state_dict(state["data"][comm.get_rank() % len(state["data"])])
+
+    def _finish_cut_step(self) -> None:
+        # As late as possible: the hooks' before_train may draw random numbers.
+        if states := self._loaded.get("rng"):
+            set_rng_state(states[comm.get_rank() % len(states)], self.device)
+        super()._finish_cut_step()
+
+
+class AMPTrainer(SimpleTrainer):
+    """`SimpleTrainer` in mixed precision, with detectron2's argument.
+
+    Args:
+        model: As in `SimpleTrainer`.
+        data_loader: As in `SimpleTrainer`.
+        optimizer: As in `SimpleTrainer`.
+        gather_metric_period: As in `SimpleTrainer`.
+        precision: torch.bfloat16.
+        kwargs: Further arguments of `SimpleTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        gather_metric_period: int = 20,
+        *,
+        precision: torch.dtype = torch.bfloat16,
+        **kwargs: Any,
+    ) -> None:
+        names = {dtype: name for name, dtype in PRECISIONS.items()}
+        name = names.get(precision, str(precision))
+        super().__init__(
+            model, data_loader, optimizer, gather_metric_period, precision=name, **kwargs
+        )

@@ -1,0 +1,182 @@
+"""The loop over a data set, and the interface of what judges its outputs."""
+
+import contextlib
+import datetime
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.utils import comm
+from trainkit.utils.errors import ConfigError
+from trainkit.utils.nested import move_to
+
+_LOG_PERIOD_SECONDS = 5.0
+
+
+class DatasetEvaluator:
+    """Judges a model's outputs over a data set.
+
+    `inference_on_dataset` calls `reset` once, `process` for each batch, and `evaluate` at the end.
+    """
+
+    def reset(self) -> None:
+        """Forgets what was processed."""
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        """Takes in one batch.
+
+        Args:
+            inputs: The batch as the model got it.
+            outputs: What the model returned for it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define process().")
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Judges all that was processed, on all ranks; every rank calls it.
+
+        Returns:
+            {task: {metric: number}}, or None or an empty dict where this rank has nothing to say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define evaluate().")
+
+
+class DatasetEvaluators(DatasetEvaluator):
+    """Several evaluators as one, whose results are merged.
+
+    Args:
+        evaluators: Their results must not have a task in common.
+    """
+
+    def __init__(self, evaluators: Sequence[DatasetEvaluator]) -> None:
+        self._evaluators = evaluators
+
+    def reset(self) -> None:
+        """Resets each evaluator."""
+        for evaluator in self._evaluators:
+            evaluator.reset()
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        """Gives the batch to each evaluator."""
+        for evaluator in self._evaluators:
+            evaluator.process(inputs, outputs)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Merges the results of all evaluators.
+
+        Raises:
+            ConfigError: If two evaluators have a result of the same name.
+        """
+        merged: dict[str, Any] = {}
+        # Each one's evaluate may be collective: all are called before any result is judged.
+        for result in [evaluator.evaluate() or {} for evaluator in self._evaluators]:
+            twice = merged.keys() & result.keys()
+            if twice:
+                raise ConfigError(
+                    f"Two evaluators both have results named {', '.join(sorted(twice))}. Give one "
+                    "of them another name."
+                )
+            merged.update(result)
+        return merged
+
+
+@contextlib.contextmanager
+def inference_context(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and afterwards each of its modules as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def inference_on_dataset(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    evaluator: DatasetEvaluator | Sequence[DatasetEvaluator] | None,
+    *,
+    limit_batches: int | None = None,
+    move_batch: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """Runs a model over a data set in evaluation mode, without gradients.
+
+    Nothing in the loop waits for the device, unless the evaluator does.
+
+    Args:
+        model: Takes a batch; on every rank the same.
+        data_loader: This rank's share of the batches; need not have a length.
+        evaluator: Judges the outputs; a list is merged, None only runs the model.
+        limit_batches: At most so many batches on each rank; None runs all.
+        move_batch: Returns a batch as the model wants it; None moves its tensors to the model's
+            device.
+
+    Returns:
+        What the evaluator returned; {} for None.
+
+    Raises:
+        Exception: What the loop of one rank raised, on every rank.
+    """
+    if evaluator is None or isinstance(evaluator, Sequence):
+        evaluator = DatasetEvaluators(evaluator or [])
+    if isinstance(model, DistributedDataParallel):
+        # Its forward may broadcast buffers, and ranks may have different numbers of batches.
+        model = model.module
+    if move_batch is None:
+        device = _device_of(model)
+
+        def move_batch(batch: Any) -> Any:
+            return move_to(batch, device)
+
+    evaluator.reset()
+    try:
+        # Not inference_mode: what a model caches in evaluation could then never be trained with.
+        with inference_context(model), torch.no_grad():
+            for batch in _with_progress(data_loader, limit_batches):
+                inputs = move_batch(batch)
+                evaluator.process(inputs, model(inputs))
+    except Exception as error:
+        comm.raise_together(error)
+        raise
+    comm.raise_together(None)
+    return evaluator.evaluate() or {}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _with_progress(data_loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    """Yields at most `limit` batches, and logs speed and time to go every few seconds."""
+    logger = logging.getLogger(__name__)
+    total = len(data_loader) if isinstance(data_loader, Sized) else None
+    if limit is not None:
+        total = limit if total is None else min(limit, total)
+    logger.info("Start inference on %s batches", "an unknown number of" if total is None else total)
+    start = last_log = time.perf_counter()
+    done = 0
+    for done, batch in enumerate(itertools.islice(data_loader, limit), start=1):
+        yield batch
+        now = time.perf_counter()
+        if now - last_log >= _LOG_PERIOD_SECONDS:
+            last_log = now
+            logger.info(_progress(done, total, (now - start) / done))
+    seconds = time.perf_counter() - start
+    logger.info("Inference on %d batches took %.1f s", done, seconds)
+
+
+def _progress(done: int, total: int | None, seconds_per_batch: float) -> str:
+    text = (
+        f"Inference done {done}/{'?' if total is None else total}. {seconds_per_batch:.4f} s/batch."
+    )
+    if total is None:
+        return text
+    eta = datetime.timedelta(seconds=int(seconds_per_batch * (total - done)))
+    return f"{text} ETA={eta}"

@@ -1,0 +1,5 @@
+"""Backbones: from an image to a feature map."""
+
+from trainkit.modeling.backbone.resnet import SmallResNet
+
+__all__ = ["SmallResNet"]

@@ -1,0 +1,1 @@
+"""The lowest step: ranks, events, files, logs, randomness, registries. Imports nothing of ours."""
