@@ -45,6 +45,8 @@ _aten = torch.ops.aten
 class FakeCuda:
     """Makes CPU tensors claim to be on cuda:0, and refuses to copy them to the CPU or read them.
 
+    They carry no graph: torch without CUDA cannot run backward for them.
+
     Attributes:
         num_transfers: Copies and reads so far, those refused included.
     """
@@ -72,37 +74,40 @@ class FakeCuda:
 
 
 class _FakeCudaTensor(torch.Tensor):
-    inner: torch.Tensor
-    cuda: FakeCuda
+    on_host: torch.Tensor
+    owner: FakeCuda
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, cuda: FakeCuda) -> "_FakeCudaTensor":
-        fake: _FakeCudaTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # private
+    def __new__(
+        cls: type["_FakeCudaTensor"], on_host: torch.Tensor, owner: FakeCuda
+    ) -> "_FakeCudaTensor":
+        fake: _FakeCudaTensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device="cuda:0",
-            requires_grad=inner.requires_grad,
+            on_host.size(),
+            strides=on_host.stride(),
+            storage_offset=on_host.storage_offset(),
+            dtype=on_host.dtype,
+            device=torch.device("cuda:0"),
         )
-        fake.inner = inner.detach()
-        fake.cuda = cuda
+        fake.on_host = on_host.detach()
+        fake.owner = owner
         return fake
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        cuda = next(t.cuda for t in tree_leaves((args, kwargs)) if isinstance(t, cls))
-        inputs, options = tree_map_only(cls, lambda fake: fake.inner, (args, kwargs))
+        owner = next(t.owner for t in tree_leaves((args, kwargs)) if isinstance(t, cls))
+        inputs, options = tree_map_only(cls, lambda fake: fake.on_host, (args, kwargs))
         device = options.pop("device", None)
         is_copy_to_cpu = device is not None and device.type == "cpu"
         # `copy_` writes to its first argument.
         is_copy_to_cpu |= func is _aten.copy_.default and not isinstance(args[0], cls)
         if is_copy_to_cpu or func is _aten._local_scalar_dense.default:
-            cuda.note_transfer(str(func))
+            owner.note_transfer(str(func))
             return func(*inputs, **options)
-        return tree_map_only(torch.Tensor, cuda, func(*inputs, **options))
+        return tree_map_only(torch.Tensor, owner, func(*inputs, **options))
 
 
 @pytest.fixture

@@ -4,41 +4,53 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
-from tabulate import tabulate
+from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from trainkit.checkpoint.format import check_storable, load_checkpoint, write_checkpoint
-from trainkit.checkpoint.manifest import DamagedCheckpointError, Manifest, read_manifest, verify
+from trainkit.checkpoint import folder as run_folder
+from trainkit.checkpoint.format import load_checkpoint, verify, write_checkpoint
+from trainkit.checkpoint.manifest import Fact, Manifest, read_manifest
+from trainkit.checkpoint.matching import (
+    align_names,
+    differences,
+    find_weights,
+    list_incompatible,
+    load_what_fits,
+    tabulate_differences,
+    unwrap,
+)
 from trainkit.utils import comm
-from trainkit.utils.errors import CheckpointError, nearest_name
-from trainkit.utils.file_io import PathManager, publish, write_atomically
+from trainkit.utils.errors import CheckpointError
+from trainkit.utils.file_io import PathManager, write_atomically
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_POINTER = "last_checkpoint"
-_FINISHED = "finished.json"
-# Rows of a table of keys that do not fit; more would not be read.
-_MAX_ROWS = 10
+_TRANSFER = (
+    "To take over the weights that fit, set MODEL.WEIGHTS to the file and start without --resume, "
+    "or in another OUTPUT_DIR."
+)
 
 
 class Checkpointer(_Checkpointer):
     """fvcore's checkpointer, with files that verify themselves and appear whole or not at all.
 
-    Every rank calls its methods; rank 0 writes and decides. Errors are raised on every rank.
+    Every rank calls its methods, unless they say otherwise: state dicts may be gathered from all
+    ranks, rank 0 writes and decides, and an error of one rank is raised on all.
 
     Args:
-        model: Unwrapped from DistributedDataParallel and torch.compile.
-        save_dir: Folder of the checkpoints; without one, nothing is saved.
-        save_to_disk: Whether rank 0 writes.
+        model: Unwrapped from DistributedDataParallel, DataParallel and torch.compile.
+        save_dir: Folder of the checkpoints, made when it is needed; "" saves nothing.
+        save_to_disk: Whether to save at all; rank 0's counts.
         checkpointables: Objects with `state_dict` and `load_state_dict`, by name.
 
     Attributes:
-        facts: Plain values for the manifests of coming checkpoints.
+        facts: Plain values for the manifests of coming checkpoints, such as the optimizer's
+            implementation.
         loaded_manifest: The manifest of what was loaded last, or None.
     """
 
@@ -50,294 +62,309 @@ class Checkpointer(_Checkpointer):
         save_to_disk: bool = True,
         **checkpointables: Any,
     ) -> None:
-        super().__init__(model, os.fspath(save_dir), save_to_disk=save_to_disk, **checkpointables)
-        self.model: nn.Module = getattr(self.model, "_orig_mod", self.model)
-        self.logger = logger
+        super().__init__(
+            unwrap(model), os.fspath(save_dir), save_to_disk=save_to_disk, **checkpointables
+        )
+        self.logger = logging.getLogger(__name__)
         self.path_manager = PathManager
-        self.facts: dict[str, str | int | float | bool] = {}
+        self.facts: dict[str, Fact] = {}
         self.loaded_manifest: Manifest | None = None
-        self._must_fit = False
-        # What rank 0 has read while it looked for the newest checkpoint that loads.
-        self._read: tuple[str, Any] | None = None
+        self._saved: tuple[object, ...] = ()
 
     def save(self, name: str, **extra: Any) -> None:
         """Saves model, checkpointables and extra data as `{name}.pth`, and points to it.
 
+        Args:
+            name: Of the file, without ".pth"; a file that has it is replaced in one instant.
+            extra: Tensors and plain values; `iteration` enters the manifest too.
+
         Raises:
-            CheckpointError: If something in the state cannot be stored, or the disk refuses; what
+            CheckpointError: If something in the state cannot be stored, or the storage fails; what
                 was saved before is intact then.
         """
-        if self.save_untagged(name, **extra):
+        if self.save_untagged(name, **extra) and comm.is_main_process():
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_untagged(self, name: str, **extra: Any) -> bool:
-        """Like `save`, but leaves the pointer to the newest checkpoint alone.
+        """Like `save`, but leaves the pointer to the last checkpoint alone.
 
         Returns:
             Whether a file was written.
         """
-        if not self.save_dir:
+        if not comm.broadcast(bool(self.save_dir) and self.save_to_disk):
             return False
-        data = {"model": self.model.state_dict()}
-        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
-        data.update(extra)
-        return comm.on_main(lambda: self._write(name, data))
+        if os.path.basename(name) != name or not name:
+            raise ValueError(f"The checkpoint's name is {name!r}; give a file name, not a path.")
+        data = _together(lambda: self._state(extra))
+        comm.on_main(lambda: self._write(name, data))
+        return True
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads what fits into the model, and the checkpointables, from one file.
 
         Args:
-            path: Path or address of the file; an empty one loads nothing.
-            checkpointables: Names of those to load; None loads all.
+            path: Path or address of the file; "" loads nothing.
+            checkpointables: Names of those to load; None loads all, [] the model only.
 
         Returns:
             What else the file holds.
 
         Raises:
-            CheckpointError: If the file is missing, damaged, would run code, or fits nowhere.
+            CheckpointError: If the file is missing, damaged, would run code, or nothing in it fits.
         """
-        if path and not os.path.isfile(path):
-            if "://" not in path:
-                raise CheckpointError(_missing_message(path))
-            path = self.path_manager.get_local_path(path)
-        extra: dict[str, Any] = super().load(path, checkpointables)
-        return extra
+        if not path:
+            self.logger.info("No checkpoint given: the model starts from its initialization")
+            return {}
+        self.logger.info("Loading from %s", path)
+        names = self.checkpointables if checkpointables is None else checkpointables
+        return self._restore(self._read(path), path, names)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Goes on from the newest valid checkpoint, or loads the model's weights from `path`.
 
         Args:
             path: Where weights come from if there is no checkpoint, or none is asked for.
-            resume: Whether to look for a checkpoint in `save_dir`. It must fit the model in full.
+            resume: Whether to look for checkpoints in `save_dir`. The newest valid one must fit the
+                model exactly, and everything in it is loaded.
 
         Returns:
             What else the file holds.
 
         Raises:
-            CheckpointError: If all checkpoints are damaged, or the newest is of another model.
+            CheckpointError: If there are checkpoints and none is valid, or the newest is of another
+                model, which is then untouched; or as in `load`.
         """
-        if not resume or not self.has_checkpoint():
-            return self.load(path, checkpointables=[])
-        newest = comm.on_main(self._newest_that_loads)
-        self._must_fit = True
-        try:
-            return self.load(newest)
-        finally:
-            self._must_fit = False
-            self._read = None
+        candidates = self.get_all_checkpoint_files() if resume else []
+        return self._resume(candidates) if candidates else self.load(path, checkpointables=[])
 
     def has_checkpoint(self) -> bool:
-        """Whether there is any checkpoint file in `save_dir`, valid or not."""
+        """Whether there is any checkpoint in `save_dir`, valid or not."""
         return bool(self.get_all_checkpoint_files())
 
     def get_checkpoint_file(self) -> str:
-        """Returns the newest valid checkpoint, or "" if there is none; says what it passes over."""
-        return comm.on_main(lambda: next((str(path) for path in self._valid()), ""))
+        """Returns the newest valid checkpoint, or "" if there is none; says what it skips."""
+        return comm.on_main(self._newest_valid)
 
     def get_all_checkpoint_files(self) -> list[str]:
-        """Returns all published checkpoints in `save_dir`, newest first."""
-        return comm.on_main(lambda: [str(path) for path in self._ranked()])
+        """Returns all published checkpoints in `save_dir`, valid or not, newest first."""
+        return comm.on_main(lambda: [os.fspath(path) for path in self._ranked()])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Points to a checkpoint, for people and other programs: `resume_or_load` looks itself."""
-        if comm.is_main_process():
-            write_atomically(Path(self.save_dir, _POINTER), last_filename_basename)
+        """Points to a checkpoint, for people and other programs; only rank 0 calls it.
+
+        A resume does not need the pointer, so a failure to write it is no more than a warning.
+        """
+        try:
+            write_atomically(Path(self.save_dir, run_folder.POINTER), last_filename_basename)
+        except OSError as e:
+            self.logger.warning("Cannot point to %s: %s", last_filename_basename, e)
 
     def keep_newest(self, file_prefix: str, max_to_keep: int) -> None:
-        """Deletes `{file_prefix}_NNNNNNN.pth` but the newest, whichever process saved them.
+        """Deletes all `{file_prefix}_NNNNNNN.pth` but the newest, whichever process saved them.
 
-        The newest valid checkpoint is never deleted.
+        The newest valid one stays in any case. Does nothing on other ranks than 0.
         """
-        if comm.is_main_process() and self.save_to_disk:
-            numbered = re.compile(rf"{re.escape(file_prefix)}_\d+\.pth")
-            paths = [path for path in self._ranked() if numbered.fullmatch(path.name)]
-            surplus = paths[max_to_keep:]
-            newest_valid = next(self._valid(), None) if surplus else None
-            for path in surplus:
-                if path != newest_valid:
-                    path.unlink()
+        if not (comm.is_main_process() and self.save_to_disk):
+            return
+        numbered = re.compile(rf"{re.escape(file_prefix)}_\d{{7,}}\.pth")
+        paths = [path for path in self._ranked() if numbered.fullmatch(path.name)]
+        surplus = paths[max_to_keep:]
+        newest_valid = next(filter(self._is_valid, paths), None) if surplus else None
+        for path in reversed(surplus):
+            if path != newest_valid:
+                self.delete(path)
+
+    def delete(self, name: str | os.PathLike[str]) -> None:
+        """Deletes a published checkpoint, as far as it can; only rank 0 calls it.
+
+        Args:
+            name: With or without ".pth" and the path of `save_dir`.
+        """
+        path = Path(self.save_dir, f"{Path(name).name.removesuffix('.pth')}.pth")
+        if Path(name).parent not in (Path(), path.parent):
+            raise ValueError(f"{os.fspath(name)!r} is not in {self.save_dir!r}, so it is not ours.")
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            self.logger.warning("Cannot delete the old checkpoint %s: %s", path, e)
 
     def mark_finished(self, iteration: int) -> None:
         """Notes that the run came to its end after 0-based `iteration`, its last hooks included."""
-        if comm.is_main_process() and self.save_to_disk and self.save_dir:
-            write_atomically(
-                Path(self.save_dir, _FINISHED), json.dumps({"iteration": iteration}) + "\n"
-            )
+        if self.save_dir and self.save_to_disk and comm.is_main_process():
+            text = json.dumps({"iteration": iteration}) + "\n"
+            try:
+                write_atomically(Path(self.save_dir, run_folder.FINISHED), text)
+            except OSError as e:
+                self.logger.warning("Cannot note that the run is finished: %s", e)
 
     def finished_iteration(self) -> int | None:
         """Returns the iteration after which the run came to its end, or None."""
-        return comm.on_main(self._read_finished)
+        folder = Path(self.save_dir)
+        return comm.on_main(lambda: run_folder.read_finished(folder) if self.save_dir else None)
 
     def clear_finished(self) -> None:
         """Notes that the run goes on."""
-        if comm.is_main_process():
-            Path(self.save_dir, _FINISHED).unlink(missing_ok=True)
+        if self.save_dir:
+            marker = Path(self.save_dir, run_folder.FINISHED)
+            comm.on_main(lambda: marker.unlink(missing_ok=True) if self.save_to_disk else None)
 
-    def _write(self, name: str, data: dict[str, Any]) -> bool:
-        if not self.save_to_disk:
-            return False
-        path = Path(self.save_dir, f"{name}.pth")
-        if path.parent != Path(self.save_dir):
-            raise CheckpointError(f"The checkpoint's name is {name!r}; it cannot name a folder.")
-        check_storable(data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(".*.pth.tmp"):
-            stale.unlink(missing_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+    def _state(self, extra: dict[str, Any]) -> dict[str, Any]:
+        states = {name: obj.state_dict() for name, obj in self.checkpointables.items()}
+        return {"model": self.model.state_dict(), **states, **extra}
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        folder = Path(self.save_dir)
+        path = folder / f"{name}.pth"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run_folder.remove_stale(folder)
+        except OSError as e:
+            raise CheckpointError(
+                f"Cannot save checkpoint {path}: {e}. Set OUTPUT_DIR to a folder that can be "
+                "written."
+            ) from e
         iteration = data.get("iteration")
         write_checkpoint(
             data,
-            temporary,
+            path,
             iteration=iteration if isinstance(iteration, int) else None,
             world_size=comm.get_world_size(),
             facts=self.facts,
+            after_ns=run_folder.newest_time_ns(folder),
         )
-        try:
-            publish(temporary, path)
-        except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"The checkpoint {path} was not published: {e.strerror or e}. Earlier checkpoints "
-                "are intact; go on with --resume once the disk is."
-            ) from e
-        logger.info("Saved checkpoint to %s", path)
-        return True
+        self.logger.info("Saved checkpoint to %s", path)
+        self._saved = run_folder.signature(path)
 
     def _ranked(self) -> list[Path]:
-        """Returns the published files: those with a manifest by its time, then the others."""
-        folder = Path(self.save_dir)
-        if not self.save_dir or not folder.is_dir():
-            return []
-        try:
-            pointed_to = (folder / _POINTER).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            pointed_to = ""
+        return run_folder.newest_first(Path(self.save_dir)) if self.save_dir else []
 
-        def rank(path: Path) -> tuple[bool, bool, int]:
-            try:
-                manifest = read_manifest(path)
-            except DamagedCheckpointError:
-                # In its place by age, to be reported if nothing newer is valid.
-                return (True, False, path.stat().st_mtime_ns)
-            if manifest is None:
-                return (False, path.name == pointed_to, path.stat().st_mtime_ns)
-            return (True, False, manifest.saved_at_ns)
-
-        paths = [path for path in folder.glob("*.pth") if path.is_file()]
-        return sorted(paths, key=rank, reverse=True)
-
-    def _valid(self) -> Iterator[Path]:
-        """Yields the files that verify or cannot be verified, newest first; warns of the others."""
+    def _newest_valid(self) -> str:
         for path in self._ranked():
-            try:
-                verify(path)
-            except DamagedCheckpointError as e:
-                logger.warning("Passing over a damaged checkpoint. %s", e)
-            else:
-                yield path
+            verdict = verify(path)
+            if verdict.state != "damaged":
+                return os.fspath(path)
+            self.logger.warning("Skipping the damaged checkpoint %s: %s", path, verdict.reason)
+        return ""
 
-    def _newest_that_loads(self) -> str:
-        for path in self._ranked():
+    def _is_valid(self, path: Path) -> bool:
+        # What this process wrote last is not read again at every save.
+        return run_folder.signature(path) == self._saved or verify(path).state != "damaged"
+
+    def _resume(self, candidates: list[str]) -> dict[str, Any]:
+        faults = []
+        for path in candidates:
             try:
-                data = self._load_file(str(path))
+                checkpoint = self._read(path)
+                self._check_is_of_run(checkpoint, path)
             except CheckpointError as e:
-                logger.warning("Passing over a checkpoint that does not load. %s", e)
+                self.logger.warning("SKIPPING A CHECKPOINT. %s", e)
+                faults.append(f"  {e}")
                 continue
-            missing = [key for key in self.checkpointables if key not in data]
-            if missing:
-                logger.warning("Passing over %s: it has no state of %s.", path, missing)
-                continue
-            self._read = (str(path), data)
-            return str(path)
+            self._check_model(checkpoint["model"], path)
+            self.logger.info("Resuming from %s", path)
+            return self._restore(checkpoint, path, self.checkpointables)
         raise CheckpointError(
-            f"There are checkpoints in {self.save_dir!r}, but none can be used (see the warnings "
-            "above). Restore one, or start anew without --resume or in another OUTPUT_DIR."
+            f"No checkpoint in {self.save_dir!r}, of {len(candidates)}, can be resumed from:\n"
+            + "\n".join(faults)
+            + "\nPut a sound one there, or start anew in another OUTPUT_DIR or without --resume."
         )
 
+    def _read(self, path: str) -> dict[str, Any]:
+        """Verifies and loads a file on every rank, each its own copy, or on none."""
+
+        def read() -> tuple[dict[str, Any], Manifest | None]:
+            local = self._local_path(path)
+            return find_weights(self._load_file(local), path), read_manifest(local)
+
+        checkpoint, self.loaded_manifest = _together(read)
+        return checkpoint
+
+    def _local_path(self, path: str) -> str:
+        local = os.fspath(path)
+        if not os.path.isfile(local):
+            try:
+                local = self.path_manager.get_local_path(path)
+            except (OSError, ValueError) as e:
+                raise CheckpointError(f"Cannot fetch checkpoint {path!r}: {e}") from e
+        if not os.path.isfile(local):
+            raise CheckpointError(run_folder.describe_missing(path))
+        return local
+
     def _load_file(self, f: str) -> dict[str, Any]:
-        """Loads a verified file into a dict with the key "model"; older and bare files too."""
-        if self._read is not None and self._read[0] == f:
-            return self._read[1]  # type: ignore[no-any-return]  # what this method returned before
-        data, self.loaded_manifest = load_checkpoint(Path(f))
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{f} holds a {type(data).__name__}, not a dict of weights.")
-        if "model" not in data:
-            data = {"model": data.get("state_dict", data)}
-        return data
+        """Verifies and loads a local file; a subclass may read other formats.
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        weights = {
-            key.replace("_orig_mod.", "").removeprefix("module."): value
-            for key, value in checkpoint["model"].items()
-        }
+        Returns:
+            A dict with "model" or "state_dict", or of weights alone.
+        """
+        return cast(dict[str, Any], load_checkpoint(f))
+
+    def _check_is_of_run(self, checkpoint: dict[str, Any], path: str) -> None:
+        missing = [name for name in self.checkpointables if name not in checkpoint]
+        if missing:
+            raise CheckpointError(
+                f"{path} holds no state of {', '.join(missing)}, so the run cannot go on from it. "
+                f"{_TRANSFER}"
+            )
+
+    def _check_model(self, state: dict[str, Any], path: str) -> None:
         own = self.model.state_dict()
-        misfits = _misfits(weights, own)
-        if self._must_fit and misfits:
+        align_names(state, own)
+        found = differences(state, own)
+        if found:
             raise CheckpointError(
-                f"The checkpoint in {self.save_dir!r} is of another model:\n{_table(misfits)}\n"
-                "Nothing was loaded. To go on with that run, use its config (config.yaml beside "
-                "it). To start from its weights, set MODEL.WEIGHTS to the file, drop --resume, and "
-                "choose another OUTPUT_DIR."
+                f"{path} is of another model, so the run cannot go on from it, and nothing was "
+                f"loaded:\n{tabulate_differences(found)}\nTo go on with that run, use its config. "
+                f"{_TRANSFER}"
             )
-        if (
-            own
-            and len(misfits) >= len(own)
-            and not any(
-                key in own and _shape(value) == _shape(own[key]) for key, value in weights.items()
+
+    def _restore(
+        self, checkpoint: dict[str, Any], path: str, names: Iterable[str]
+    ) -> dict[str, Any]:
+        incompatible = self._load_model(checkpoint)
+        # Subclasses written for fvcore may return nothing.
+        if incompatible is not None:
+            self._log_incompatible_keys(incompatible)
+        for name in names:
+            if name not in checkpoint:
+                self.logger.warning("%s has no state of %s, which stays as it is", path, name)
+                continue
+            try:
+                self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+            except (KeyError, ValueError) as e:
+                raise CheckpointError(
+                    f"Cannot restore {name} from {path}: {type(e).__name__}: {e}. It was saved by "
+                    f"another configuration. {_TRANSFER}"
+                ) from e
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
+        """Loads what fits; a subclass may change `checkpoint["model"]` first.
+
+        Raises:
+            CheckpointError: If nothing fits; the model is untouched then.
+        """
+        return load_what_fits(self.model, checkpoint.pop("model"))
+
+    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
+        """Reports what was not loaded, in one warning."""
+        found = list_incompatible(self.model, incompatible)
+        if found:
+            self.logger.warning(
+                "What fits the model was loaded. The rest was not:\n%s", tabulate_differences(found)
             )
-        ):
-            raise CheckpointError(
-                f"Nothing in the checkpoint fits the model:\n{_table(misfits)}\n"
-                "Check MODEL.WEIGHTS and the model's settings."
-            )
-        checkpoint["model"] = weights
-        return super()._load_model(checkpoint)
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        rows = [
-            *((key, found, expected) for key, found, expected in incompatible.incorrect_shapes),
-            *((key, "missing", "left as it was") for key in incompatible.missing_keys),
-            *((key, "not used", "missing") for key in incompatible.unexpected_keys),
-        ]
-        if rows:
-            logger.warning("Weights were loaded where they fit. The rest:\n%s", _table(rows))
-
-    def _read_finished(self) -> int | None:
-        path = Path(self.save_dir, _FINISHED)
-        if not path.exists():
-            return None
-        try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["iteration"])
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s is not readable: taking the run for unfinished.", path)
-            return None
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape)
-
-
-def _misfits(weights: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns (key, shape in the file, shape in the model) where these differ."""
-    rows = []
-    for key in [*own, *(key for key in weights if key not in own)]:
-        found = _shape(weights[key]) if key in weights else "missing"
-        expected = _shape(own[key]) if key in own else "missing"
-        if found != expected:
-            rows.append((key, found, expected))
-    return rows
-
-
-def _table(rows: list[tuple[str, Any, Any]]) -> str:
-    table = tabulate(rows[:_MAX_ROWS], headers=["key", "in the checkpoint", "in the model"])
-    surplus = len(rows) - _MAX_ROWS
-    return f"{table}\n… and {surplus} more" if surplus > 0 else table
-
-
-def _missing_message(path: str) -> str:
-    folder = Path(path).parent
-    if not folder.is_dir():
-        return f"There is no checkpoint {path!r}, and no folder {str(folder)!r}. Check the path."
-    nearest = nearest_name(Path(path).name, (p.name for p in folder.iterdir()))
-    hint = f" Did you mean {str(folder / nearest)!r}?" if nearest else " Check MODEL.WEIGHTS."
-    return f"There is no checkpoint {path!r}.{hint}"
+def _together(function: Callable[[], T]) -> T:
+    """Runs a function on every rank; an error of one rank is raised on all."""
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as e:
+        error = e
+    try:
+        comm.raise_together(error)
+    finally:
+        # An exception kept in a local of a frame that it passed through is a reference cycle.
+        del error
+    return cast(T, result)

@@ -1,219 +1,207 @@
-"""One file for one checkpoint: `torch.save`'s format, sealed with a manifest."""
+"""Files that verify themselves: `torch.save`'s format, closed with a manifest (see `manifest`).
+
+A file is written under a temporary name, hashed while it streams, synced, and only then given its
+name, so a name never stands for half a checkpoint. Reading never runs code.
+"""
 
 import contextlib
 import hashlib
 import os
-import pickle
-import queue
+import platform
 import shutil
-import threading
+import struct
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, Literal, cast
 
 import torch
 
+from trainkit import __version__
+from trainkit.checkpoint.hashing_writer import HashingWriter
 from trainkit.checkpoint.manifest import (
-    END_LENGTH,
-    END_SIGNATURE,
-    DamagedCheckpointError,
+    END_RECORD_BYTES,
+    SCHEMA,
+    DamagedError,
+    Fact,
     Manifest,
-    verify,
+    read_end,
+    to_comment,
 )
+from trainkit.checkpoint.storable import check_storable, tensor_bytes
 from trainkit.utils.errors import CheckpointError
+from trainkit.utils.file_io import publish
 
-# What torch's weights_only unpickler admits; anything else could run code.
-_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, torch.Size)
-_LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray)
-_TORCH_LEAVES = (torch.Tensor, torch.nn.Parameter, torch.dtype, torch.device)
-
-
-class _Hasher:
-    """SHA-256 in a second thread, beside the writing."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def update(self, chunk: bytes) -> None:
-        self._chunks.put(chunk)
-
-    def finish(self) -> str:
-        self._chunks.put(None)
-        self._thread.join()
-        return self._digest.hexdigest()
-
-    def _run(self) -> None:
-        while (chunk := self._chunks.get()) is not None:
-            self._digest.update(chunk)
+_CHUNK_BYTES = 1 << 20
+_MAX_TEXT = 200
 
 
-class _SealedFile:
-    """What `torch.save` streams into: hashes, and withholds the closing record for the seal."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hasher = _Hasher()
-        self._withheld = b""
-        self.length = 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        # A copy, because the hash is taken later; torch may use its buffer again.
-        data = bytes(data)
-        joined = self._withheld + data
-        self._emit(joined[:-END_LENGTH])
-        self._withheld = joined[-END_LENGTH:]
-        return len(data)
-
-    def flush(self) -> None:
-        """For `torch.save`; `seal` flushes."""
-
-    def seal(self, **facts: Any) -> Manifest:
-        """Closes the zip file with a comment that holds the manifest."""
-        record, self._withheld = self._withheld, b""
-        assert record.startswith(END_SIGNATURE), "torch.save closes with the record"
-        assert record.endswith(b"\0\0"), "torch.save writes no comment"
-        self._hasher.update(record)
-        manifest = Manifest(self.length + END_LENGTH, self._hasher.finish(), **facts)
-        comment = manifest.to_comment()
-        self._file.write(record[:-2] + len(comment).to_bytes(2, "little") + comment)
-        return manifest
-
-    def abandon(self) -> None:
-        """Ends the thread of a file that will not be sealed."""
-        self._hasher.finish()
-
-    def _emit(self, chunk: bytes) -> None:
-        if chunk:
-            try:
-                self._file.write(chunk)
-            except OSError as e:
-                self.error = e
-                raise
-            self._hasher.update(chunk)
-            self.length += len(chunk)
+def temporary_path(path: Path) -> Path:
+    """Returns the name under which a checkpoint is written; no listing of `*.pth` shows it."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_checkpoint(
     data: Mapping[str, Any],
-    path: Path,
+    path: str | os.PathLike[str],
     *,
     iteration: int | None = None,
     world_size: int = 1,
-    facts: Mapping[str, str | int | float | bool] | None = None,
+    facts: Mapping[str, Fact] | None = None,
+    after_ns: int = 0,
 ) -> Manifest:
-    """Writes a checkpoint durably, under a name that is not yet the published one.
+    """Writes a checkpoint: when this returns, it is whole and durable under its name.
 
     Args:
-        data: What `check_storable` accepts.
-        path: The temporary name. On failure the file is removed.
-        iteration: For the manifest.
-        world_size: For the manifest.
-        facts: For the manifest.
+        data: Tensors and plain values, nested in dicts and lists.
+        path: The name, in a folder that exists; a file that has it is replaced in one instant.
+        iteration: 0-based iteration that the checkpoint completes.
+        world_size: Number of processes that trained.
+        facts: More for the manifest, in a few short entries.
+        after_ns: The manifest's `saved_at_ns` will be larger than this, whatever the clock says.
 
     Raises:
-        CheckpointError: If the file cannot be written, with the bytes needed and free.
+        CheckpointError: If `data` holds what could not be loaded again, or the storage fails. No
+            partial file is left then, and nothing else in the folder has changed.
     """
-    try:
-        with path.open("wb") as file:
-            sealed = _SealedFile(file)
-            try:
-                torch.save(data, cast(IO[bytes], sealed))
-                manifest = sealed.seal(
-                    iteration=iteration,
-                    world_size=world_size,
-                    saved_at_ns=time.time_ns(),
-                    facts=dict(facts or {}),
-                )
-            except BaseException as e:
-                sealed.abandon()
-                # torch reports a failing file in words of its own.
-                if sealed.error is not None and not isinstance(e, OSError):
-                    raise sealed.error from None
-                raise
+    check_storable(data)
+    path = Path(path)
+    temporary = temporary_path(path)
+    with _explaining(path, data), _removing(temporary):
+        temporary.unlink(missing_ok=True)
+        # Exclusive, so that not even a link of this name is followed.
+        with temporary.open("xb") as file:
+            with HashingWriter(file) as writer:
+                torch.save(data, cast(IO[bytes], writer))
+            manifest = Manifest(
+                schema=SCHEMA,
+                iteration=iteration,
+                world_size=world_size,
+                versions=_versions(),
+                saved_at_ns=max(time.time_ns(), after_ns + 1),
+                bytes=writer.size,
+                sha256=writer.hexdigest(),
+                facts=dict(facts or {}),
+            )
+            writer.close_with(to_comment(manifest))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as e:
-        _remove(path)
-        raise CheckpointError(_disk_message(path, data, e)) from e
-    except BaseException:
-        _remove(path)
-        raise
+        publish(temporary, path)
     return manifest
 
 
-def load_checkpoint(path: Path) -> tuple[Any, Manifest | None]:
-    """Verifies a file and loads it to the CPU, without running code that it might hold.
+@dataclass(frozen=True)
+class Verdict:
+    """What verification found.
 
-    Returns:
-        The data; and the manifest, or None if the file has none and could not be verified.
-
-    Raises:
-        DamagedCheckpointError: If the file is not what was written.
-        CheckpointError: If it holds anything but tensors and plain values.
+    Args:
+        state: "verified"; "unverified" for a file of an earlier format, which cannot be verified;
+            or "damaged".
+        reason: What is wrong with a damaged file, as the end of a sentence; else empty.
+        manifest: The manifest of a verified file.
     """
-    manifest = verify(path)
+
+    state: Literal["verified", "unverified", "damaged"]
+    reason: str = ""
+    manifest: Manifest | None = None
+
+
+def verify(path: str | os.PathLike[str]) -> Verdict:
+    """Reads a whole checkpoint and tells whether it is what was written; it never raises."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), manifest
-    except pickle.UnpicklingError as e:
-        reason = str(e).split("\n")[0]
-        raise CheckpointError(
-            f"{path} was not loaded, and nothing in it was run: it holds more than tensors and "
-            f"plain values, or is damaged ({reason}). Save it again as plain tensors, with a "
-            "program that trusts it."
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-        raise DamagedCheckpointError(f"{path} cannot be read as a checkpoint: {e}") from None
+        end = read_end(path)
+        if end.record_at is None:
+            return Verdict("unverified")
+        if end.manifest is None:
+            zipfile.ZipFile(path).close()
+            return Verdict("unverified")
+        if _hash_file(Path(path), end.record_at) != end.manifest.sha256:
+            return Verdict("damaged", "its bytes are not those that were written (SHA-256 differs)")
+        return Verdict("verified", manifest=end.manifest)
+    except DamagedError as e:
+        return Verdict("damaged", str(e))
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+        return Verdict("damaged", f"its zip archive is damaged: {e}")
+    except OSError as e:
+        return Verdict("damaged", f"it cannot be read: {e.strerror or e}")
 
 
-def check_storable(data: Any, path: str = "") -> None:
-    """Checks that data is tensors and plain values, which can be loaded without running code.
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Verifies a checkpoint and loads it, on the CPU and without running code.
 
     Raises:
-        CheckpointError: If not, with the key path of the culprit.
+        CheckpointError: If the file is damaged, or holds more than tensors and plain values.
     """
-    kind = type(data)
-    if kind in _LEAVES or kind in _TORCH_LEAVES:
-        return
-    if kind not in _CONTAINERS:
-        raise CheckpointError(
-            f"{path or 'The state'} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint "
-            "cannot hold: it could not be loaded without running code. Have state_dict() return "
-            "tensors and plain values, as with float(x), x.tolist() or torch.from_numpy(x)."
-        )
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    for key, value in items:
-        check_storable(key, f"{path} (a key)")
-        check_storable(value, f"{path}.{key}" if path else str(key))
+    verdict = verify(path)
+    if verdict.state == "damaged":
+        raise CheckpointError(f"Checkpoint {os.fspath(path)} is damaged: {verdict.reason}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        # A pickle can fail in any way at all.
+        raise CheckpointError(_explain_load(path, e)) from e
 
 
-def _remove(path: Path) -> None:
-    # The first error is the one to report.
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+def _versions() -> dict[str, str]:
+    return {
+        "trainkit": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
-def _disk_message(path: Path, data: Mapping[str, Any], error: OSError) -> str:
-    with contextlib.suppress(OSError):
-        free = f"{shutil.disk_usage(path.parent).free:,} are free"
+def _explain_load(path: str | os.PathLike[str], error: Exception) -> str:
+    _, marker, refusal = str(error).partition("WeightsUnpickler error: ")
+    said = " ".join((refusal or str(error)).split())
+    said = said if len(said) <= _MAX_TEXT else said[:_MAX_TEXT] + "…"
+    if marker:
         return (
-            f"The checkpoint {path} was not saved: {error.strerror or error}. About "
-            f"{_num_bytes(data):,} bytes are needed and {free}. Earlier checkpoints are intact. "
-            "Free space, or set OUTPUT_DIR to another disk, and go on with --resume."
+            f"Checkpoint {os.fspath(path)} holds more than tensors and plain values. It was "
+            f"refused and nothing in it was run. torch says: {said}"
         )
-    return f"The checkpoint {path} was not saved: {error.strerror or error}. Is the folder there?"
+    return f"Checkpoint {os.fspath(path)} cannot be loaded: {type(error).__name__}: {said}"
 
 
-def _num_bytes(data: Any) -> int:
-    if isinstance(data, torch.Tensor):
-        return data.nbytes
-    if isinstance(data, dict):
-        return sum(_num_bytes(value) for value in data.values())
-    if isinstance(data, (list, tuple)):
-        return sum(_num_bytes(value) for value in data)
-    return 0
+def _hash_file(path: Path, record_at: int) -> str:
+    """Returns the SHA-256 of a file up to its comment, whose length is taken as 0."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    left = record_at
+    with path.open("rb") as file:
+        while left and (count := file.readinto(buffer[: min(left, _CHUNK_BYTES)])):
+            digest.update(buffer[:count])
+            left -= count
+        digest.update(file.read(END_RECORD_BYTES)[:-2] + b"\0\0")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _removing(temporary: Path) -> Iterator[None]:
+    """Removes a partial file after any failure; that it cannot be removed hides nothing."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _explaining(path: Path, data: Any) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise CheckpointError(
+            f"Cannot save checkpoint {path}: {e.strerror or e}. It needs about "
+            f"{tensor_bytes(data):,} bytes, and {_free_bytes(path.parent)} are free there. Earlier "
+            "checkpoints are intact: make room or set another OUTPUT_DIR."
+        ) from e
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"

@@ -1,137 +1,165 @@
-"""The manifest that a checkpoint carries in its zip comment, and the verdict that it allows."""
+"""The manifest: what a checkpoint says about itself, in the zip comment at its end.
 
-import builtins
+`torch.save` writes a zip archive, which ends with a record of 22 bytes whose last two give the
+length of a comment (PKWARE's APPNOTE.TXT, 4.3.16). trainkit fills that comment with ASCII text:
+
+    trainkit-manifest 1 <sha256 of the JSON> <JSON>
+
+Readers of zip archives skip comments, so plain `torch.load` reads such a file as before.
+"""
+
 import hashlib
 import json
-import platform
+import os
 import re
-from dataclasses import asdict, dataclass, field
+import struct
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-import trainkit
 from trainkit.utils.errors import CheckpointError
 
-# A zip file closes with this record (APPNOTE.TXT 6.3.10, sec. 4.3.16): signature, 16 bytes about
-# the central directory, length of the comment, and the comment.
-END_SIGNATURE = b"PK\x05\x06"
-END_LENGTH = 22
+Fact = str | int | float | bool
 
-_MAX_COMMENT = 4096
-_COMMENT = re.compile(rb"trainkit-manifest 1 ([0-9a-f]{64}) (\{.*\})", re.DOTALL)
+SCHEMA = 1
+END_RECORD_BYTES = 22
+MAX_JSON_BYTES = 4096
+
+_MAX_COMMENT_BYTES = 65_535
+_COMMENT = re.compile(r"trainkit-manifest 1 ([0-9a-f]{64}) (\{.*\})")
+_ZIP_START, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+# Before its zip format, torch.save began with its magic number, pickled by protocol 2.
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-class DamagedCheckpointError(CheckpointError):
-    """A file that is not what was written."""
+class DamagedError(Exception):
+    """A file that is not, or no longer, what it was written as; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """What a checkpoint says about itself.
 
-    Attributes:
-        bytes: Length of the file without its comment.
-        sha256: Of these bytes, in hexadecimal, with the comment's length taken as 0.
-        iteration: The last iteration that is in the checkpoint, or None.
+    Args:
+        schema: Number of this list of entries.
+        iteration: 0-based iteration that the checkpoint completes, or None if it was not told.
         world_size: Number of processes that trained.
-        saved_at_ns: Nanoseconds since the epoch.
-        facts: Further plain values, such as which implementation of the optimizer ran.
-        versions: Of trainkit, torch and Python.
-        schema: Version of this format.
+        versions: Version of "trainkit", "torch" and "python" that wrote it.
+        saved_at_ns: Nanoseconds since 1970; later saves into one folder have larger ones.
+        bytes: Length of the file without the comment.
+        sha256: Of these bytes in hexadecimal, the comment's length taken as 0.
+        facts: What the caller added, such as the optimizer's implementation.
     """
 
-    bytes: int
-    sha256: str
+    schema: int
     iteration: int | None
     world_size: int
+    versions: dict[str, str]
     saved_at_ns: int
-    facts: dict[str, str | int | float | bool] = field(default_factory=dict)
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "trainkit": trainkit.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    )
-    schema: int = 1
-
-    def to_comment(self) -> "builtins.bytes":
-        """Returns the ASCII comment: a tag, the checksum of the JSON, and the JSON."""
-        text = json.dumps(asdict(self), sort_keys=True).encode("ascii")
-        comment = b"trainkit-manifest 1 %s %s" % (_sha256(text).encode("ascii"), text)
-        if len(comment) > _MAX_COMMENT:
-            raise CheckpointError(
-                f"The manifest has {len(comment)} bytes, more than {_MAX_COMMENT}. Put less into "
-                f"the checkpointer's facts, which are {self.facts!r}."
-            )
-        return comment
+    bytes: int
+    sha256: str
+    facts: dict[str, Fact]
 
 
-def read_manifest(path: Path) -> Manifest | None:
-    """Reads the end of a file only.
+@dataclass(frozen=True)
+class FileEnd:
+    """How a checkpoint ends: all that is known of it without reading its data.
 
-    Returns:
-        The manifest, or None for a file of another program or an older version, without one.
+    Args:
+        manifest: None in a file of an earlier format, which cannot be verified.
+        record_at: Offset of the zip's end record; None in a file from before torch's zip format.
+    """
+
+    manifest: Manifest | None
+    record_at: int | None
+
+
+def to_comment(manifest: Manifest) -> bytes:
+    """Returns the zip comment.
 
     Raises:
-        DamagedCheckpointError: If the end shows that the file is not whole.
+        CheckpointError: If the facts make it longer than 4 KB, or are not plain values.
     """
-    size = path.stat().st_size
+    try:
+        text = json.dumps(asdict(manifest), allow_nan=False).encode("ascii")
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"The facts {manifest.facts!r} cannot be written as JSON ({e}). Give each as a string, "
+            "a finite number or a bool."
+        ) from None
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"The manifest has {len(text)} bytes of JSON and may have {MAX_JSON_BYTES}. Give fewer "
+            f"or shorter facts than {sorted(manifest.facts)}."
+        )
+    return f"trainkit-manifest 1 {hashlib.sha256(text).hexdigest()} ".encode("ascii") + text
+
+
+def read_end(path: str | os.PathLike[str]) -> FileEnd:
+    """Reads the first and the last bytes of a checkpoint, at most 64 KiB.
+
+    Raises:
+        DamagedError: If they show that the file is empty, truncated, followed by surplus bytes, or
+            no checkpoint at all, or if its comment is not a sound manifest.
+    """
+    with Path(path).open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(len(_LEGACY_START))
+        tail_at = file.seek(max(0, size - END_RECORD_BYTES - _MAX_COMMENT_BYTES))
+        tail = file.read()
     if size == 0:
-        raise DamagedCheckpointError(f"{path} is empty.")
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-        file.seek(max(0, size - END_LENGTH - _MAX_COMMENT))
-        end = file.read()
-    position = end.rfind(END_SIGNATURE)
-    if position < 0:
-        if is_zip:
-            raise DamagedCheckpointError(f"{path} is cut off: its closing record is missing.")
-        return None
-    record, comment = end[position : position + END_LENGTH], end[position + END_LENGTH :]
-    if len(record) < END_LENGTH or int.from_bytes(record[-2:], "little") != len(comment):
-        raise DamagedCheckpointError(
-            f"{path} is cut off, or followed by bytes that are not its own."
-        )
-    return _parse(path, comment, size) if comment else None
+        raise DamagedError("it is empty")
+    if start == _LEGACY_START:
+        return FileEnd(None, None)
+    at = tail.rfind(_ZIP_END)
+    if at < 0 or len(tail) - at < END_RECORD_BYTES:
+        is_cut = start.startswith(_ZIP_START)
+        raise DamagedError("its end is missing" if is_cut else "it is no torch checkpoint")
+    comment = tail[at + END_RECORD_BYTES :]
+    (length,) = struct.unpack_from("<H", tail, at + END_RECORD_BYTES - 2)
+    if length != len(comment):
+        raise DamagedError(f"{len(comment)} bytes follow its end record, where {length} should")
+    return FileEnd(_parse(comment, tail_at + at) if comment else None, tail_at + at)
 
 
-def verify(path: Path) -> Manifest | None:
-    """Reads a file in full and compares it with its manifest.
+def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:
+    """Returns the manifest of a checkpoint without reading its data.
 
     Returns:
-        The manifest, or None for a file without one, which cannot be verified.
-
-    Raises:
-        DamagedCheckpointError: If the file is not what was written.
+        None if the file is of an earlier format, damaged at its end, or unreadable.
     """
-    manifest = read_manifest(path)
-    if manifest is None:
+    try:
+        return read_end(path).manifest
+    except (DamagedError, OSError):
         return None
-    digest = hashlib.sha256()
-    remaining = manifest.bytes - 2
-    with path.open("rb") as file:
-        while remaining and (chunk := file.read(min(remaining, 1 << 20))):
-            digest.update(chunk)
-            remaining -= len(chunk)
-    digest.update(b"\0\0")
-    if digest.hexdigest() != manifest.sha256:
-        raise DamagedCheckpointError(f"{path} is damaged: its SHA-256 is not that of its manifest.")
-    return manifest
 
 
-def _parse(path: Path, comment: bytes, size: int) -> Manifest:
-    match = _COMMENT.fullmatch(comment)
-    if match is None or _sha256(match[2]) != match[1].decode("ascii"):
-        raise DamagedCheckpointError(f"{path} is damaged: its manifest is not what was written.")
-    manifest = Manifest(**json.loads(match[2]))
-    if manifest.bytes + len(comment) != size:
-        raise DamagedCheckpointError(
-            f"{path} has {size} bytes, but {manifest.bytes + len(comment)} were written."
+def _parse(comment: bytes, record_at: int) -> Manifest:
+    match = _COMMENT.fullmatch(comment.decode("latin-1"))
+    if not match:
+        raise DamagedError("its zip comment is not a manifest of trainkit's")
+    digest, text = match.groups()
+    if hashlib.sha256(text.encode("latin-1")).hexdigest() != digest:
+        raise DamagedError("its manifest is damaged")
+    manifest = _from_json(text)
+    if manifest.bytes != record_at + END_RECORD_BYTES:
+        raise DamagedError(
+            f"it has {record_at + END_RECORD_BYTES} bytes before its comment and was written with "
+            f"{manifest.bytes}"
         )
     return manifest
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _from_json(text: str) -> Manifest:
+    """Checks types too: the file may have been made by somebody who can compute a SHA-256."""
+    try:
+        entries = json.loads(text)
+        if entries["schema"] != SCHEMA:
+            raise DamagedError(f"its manifest has schema {entries['schema']}, not {SCHEMA}")
+        manifest = Manifest(**entries)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise DamagedError("its manifest has other entries than it should") from None
+    numbers = (manifest.iteration or 0, manifest.world_size, manifest.saved_at_ns, manifest.bytes)
+    if not all(isinstance(n, int) for n in numbers) or not isinstance(manifest.facts, dict):
+        raise DamagedError("its manifest has entries of a wrong type")
+    return manifest

@@ -51,7 +51,7 @@ def tensor_bytes(data: Any) -> int:
     """Returns the bytes that the tensors in `data` take in a file; shared memory counts once."""
     storages: dict[int, int] = {}
     for _, value in _leaves(data, "", set()):
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        if type(value) in _TENSORS and value.layout == torch.strided:
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -86,11 +86,13 @@ def _is_storable(value: Any) -> bool:
 
 def _describe(value: Any) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if type(value) is int:
+        return f"{kind} of {value.bit_length()} bits; use str(x)"
     if isinstance(value, np.ndarray):
         return f"{kind} of shape {value.shape}; use torch.from_numpy(x)"
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{kind} {shown}; {_advise(value)}"
+    if isinstance(value, (np.generic, int, float)):
+        return f"{kind} {value!r}; {_advise(value)}"
+    return f"{kind}; {_advise(value)}"
 
 
 def _advise(value: Any) -> str:
@@ -98,8 +100,8 @@ def _advise(value: Any) -> str:
         return f"use {type(value.item()).__name__}(x)"
     if isinstance(value, torch.Tensor):
         return "use a plain tensor"
-    for plain in (bool, int, float, str, dict, list, tuple):
-        if type(value) is not plain and isinstance(value, plain):
+    for plain in (int, float, str, dict, list, tuple):
+        if isinstance(value, plain):
             return f"use {plain.__name__}(x)"
     if isinstance(value, frozenset):
         return "use set(x)"

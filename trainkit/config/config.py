@@ -114,7 +114,7 @@ def _merge(node: _CfgNode, loaded: dict[str, Any], path: tuple[str, ...], place:
         if key not in node:
             if not node.is_new_allowed():
                 raise _unknown_key(node, here, place(here))
-            node[key] = CfgNode(value) if isinstance(value, dict) else value
+            setattr(node, here[-1], CfgNode(value) if isinstance(value, dict) else value)
         elif isinstance(node[key], _CfgNode):
             if not isinstance(value, dict):
                 raise ConfigError(

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, default_collate
 
 from trainkit.config.config import CfgNode
 from trainkit.data.catalog import DatasetCatalog
-from trainkit.data.common import MapDataset, SeededBatches
+from trainkit.data.common import MapDataset, SeededBatches, ignore_interrupt
 from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, InferenceSampler
 from trainkit.data.samplers.order import EndlessOrder, EpochSampler, Position, SampleKey
 from trainkit.data.transforms import (
@@ -133,6 +133,7 @@ class TrainLoader:
             pin_memory=self.pin_memory,
             # Without one, the seed of the workers would be drawn from the global generator.
             generator=torch.Generator(),
+            worker_init_fn=ignore_interrupt,
         )
 
     def _keys(self, start: Position, positions: deque[Position]) -> Iterator[list[SampleKey]]:
@@ -191,7 +192,8 @@ def build_train_loader(
         cfg: Gives DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH, SOLVER.ACCUMULATE, SEED
             and MODEL.DEVICE.
         dataset: Used instead of those that DATASETS.TRAIN names.
-        mapper: Applied to each sample instead of INPUT's transforms; see `MapDataset`.
+        mapper: Applied to each sample; see `MapDataset`. By default INPUT's transforms, but nothing
+            to the samples of a given `dataset`, which need not be images.
 
     Raises:
         ConfigError: If no data set is named, one is empty, or the batch size cannot be shared.
@@ -199,8 +201,8 @@ def build_train_loader(
     """
     if dataset is None:
         dataset = _concatenate(cfg.DATASETS.TRAIN)
+        mapper = mapper or build_train_mapper(cfg)
     _check_not_empty(dataset, type(dataset).__name__)
-    mapper = mapper or build_train_mapper(cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     return TrainLoader(
         dataset if mapper is None else MapDataset(dataset, mapper),
@@ -252,4 +254,5 @@ def build_test_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         generator=torch.Generator(),  # As in TrainLoader.
+        worker_init_fn=ignore_interrupt,
     )

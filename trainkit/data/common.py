@@ -1,5 +1,6 @@
 """Fetching: a sample and a batch as functions of the data set, the seed and the position."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,17 @@ _COLLATE_TAG = int.from_bytes(b"collate", "big")
 
 MAX_ATTEMPTS = 100
 """Draws at one position before a data set that keeps returning None is given up."""
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leaves Ctrl-C, which reaches every process of a terminal, to the process that trains.
+
+    It finishes its step and saves; a worker that ended at once would make that step fail.
+
+    Args:
+        worker: Number of the worker process; a `worker_init_fn` gets it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class MapDataset(Dataset[Any]):

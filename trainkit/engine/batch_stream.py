@@ -40,7 +40,8 @@ class BatchStream:
         return not self._is_stateful
 
     def __next__(self) -> Any:
-        iterator = self._iterator or self._begin_epoch()
+        # Not by its truth, which asks an iterator for its length.
+        iterator = self._begin_epoch() if self._iterator is None else self._iterator
         try:
             batch = next(iterator)
         except StopIteration:
@@ -63,7 +64,7 @@ class BatchStream:
         self._iterator = None
         if self._is_stateful and "loader" in state:
             self._loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]  # checked
-        elif "epoch" in state:
+        elif not self._is_stateful and "epoch" in state:
             self._epoch = state["epoch"]
             self._num_consumed = state["num_consumed"]
             self._epoch_rng = state["epoch_rng"]
@@ -74,6 +75,12 @@ class BatchStream:
                 type(self._loader).__name__,
                 self._num_consumed,
                 self._epoch,
+            )
+        else:
+            logger.warning(
+                "The checkpoint holds the position of another kind of data loader than this one "
+                "(%s), which begins from its beginning.",
+                type(self._loader).__name__,
             )
 
     def _begin_epoch(self) -> Iterator[Any]:
@@ -103,10 +110,14 @@ class BatchStream:
         if (
             count == 0
             or not isinstance(loader, DataLoader)
+            or type(loader).__iter__ is not DataLoader.__iter__
             or isinstance(loader.dataset, IterableDataset)
             or loader.batch_sampler is None
         ):
-            return islice(iter(loader), count, None)
+            iterator = iter(loader)
+            # Now, while the generators are as they were when the epoch was begun.
+            next(islice(iterator, count, count), None)
+            return iterator
         # An unbroken loader draws the seed of its workers before its sampler draws the order.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         return iter(

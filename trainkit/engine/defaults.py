@@ -70,6 +70,7 @@ class DefaultTrainer(SimpleTrainer):
     """
 
     _assigned_trainer: SimpleTrainer | None = None
+    _last_results: dict[str, Any]
 
     def __init__(self, cfg: CfgNode) -> None:
         cfg = _with_seed(cfg)
@@ -95,7 +96,6 @@ class DefaultTrainer(SimpleTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         if cfg.LIMIT_BATCHES > 0:
             self.max_iter = min(self.max_iter, cfg.LIMIT_BATCHES)
-        self._last_results: dict[str, Any] = {}
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -145,9 +145,10 @@ class DefaultTrainer(SimpleTrainer):
                 max_iter,
             )
             return {}
+        self._last_results = {}
         self.checkpointer.clear_finished()
         super().train(start_iter, max_iter)
-        if self.iter == self.max_iter:
+        if self.iter == self.max_iter and self.interruption is None:
             # Only now, on every rank: until here a resume has something left to do.
             comm.synchronize()
             self.checkpointer.mark_finished(self.iter - 1)
@@ -241,7 +242,8 @@ class DefaultTrainer(SimpleTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Returns what judges the outputs on one test data set: accuracy, by default."""
-        return ClassificationEvaluator(MetadataCatalog.get(dataset_name).classes)
+        numbers = [str(number) for number in range(cfg.MODEL.NUM_CLASSES)]
+        return ClassificationEvaluator(MetadataCatalog.get(dataset_name).get("classes", numbers))
 
     @classmethod
     def test(
@@ -300,7 +302,7 @@ class DefaultTrainer(SimpleTrainer):
     def _warn_if_other_optimizer(self) -> None:
         manifest = self.checkpointer.loaded_manifest
         saved = manifest.facts.get("optimizer") if manifest else None
-        now = self.checkpointer.facts["optimizer"]
+        now = self.checkpointer.facts.get("optimizer")
         if saved is not None and saved != now:
             logger.warning(
                 "The checkpoint was saved by a %s optimizer and goes on with a %s one: updates "

@@ -4,8 +4,12 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils import comm
 from trainkit.utils.errors import USER_ERRORS
+
+MESSAGE_ERRORS = (*USER_ERRORS, ResultsMismatchError)
+"""Errors whose text says all; a traceback would hide it."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -13,7 +17,7 @@ INTERRUPTED = 130
 
 @contextlib.contextmanager
 def exit_codes(debug: bool = False) -> Iterator[None]:
-    """Turns the errors that a user can mend into one message and exit code 1.
+    """Turns an error that a user can mend, or unexpected results, into a message and exit code 1.
 
     Any other error keeps its traceback; Ctrl-C exits with 130.
 
@@ -25,7 +29,7 @@ def exit_codes(debug: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except USER_ERRORS as e:
+    except MESSAGE_ERRORS as e:
         if debug:
             raise
         rank = f" on rank {comm.get_rank()}" if comm.get_world_size() > 1 else ""

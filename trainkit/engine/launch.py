@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
-from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
+from trainkit.engine.exit_codes import MESSAGE_ERRORS
 from trainkit.utils import comm
-from trainkit.utils.errors import USER_ERRORS, ConfigError
+from trainkit.utils.errors import ConfigError
 
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
@@ -97,7 +98,8 @@ def _start_processes(count: int, worker_args: tuple[Any, ...]) -> None:
             if interrupted:
                 raise
             interrupted = True
-        except ProcessExitedException:
+        except ProcessException:
+            # Whichever process failed first: the others then fail for want of it.
             if errors.empty():
                 raise
             raise errors.get() from None
@@ -121,7 +123,7 @@ def _worker(
     rank = machine_rank * num_local + local_rank
     try:
         _run_in_group(main_func, args, dist_url, world_size, rank, timeout)
-    except USER_ERRORS as e:
+    except MESSAGE_ERRORS as e:
         errors.put(e)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -10,6 +10,9 @@ import torch
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
+# What is not finite in a step that must not be saved; names may have a prefix.
+_HEALTH = ("total_loss", "grad_norm")
+
 Rows = dict[int, dict[str, float]]
 """Values by iteration and name."""
 
@@ -78,7 +81,10 @@ def reduce_rows(tables: list[Rows]) -> Rows:
 
 
 def raise_if_not_finite(tables: list[Rows]) -> None:
-    """Raises for the first iteration in which a rank had an infinity or a NaN.
+    """Raises for the first iteration in which a rank's total loss or gradient norm is not finite.
+
+    Other values may be NaN, such as a precision without predictions; a loss among them shows in the
+    total.
 
     Raises:
         FloatingPointError: The same on every rank, with iteration, rank and all values.
@@ -86,7 +92,8 @@ def raise_if_not_finite(tables: list[Rows]) -> None:
     for iteration in sorted({i for table in tables for i in table}):
         for rank, table in enumerate(tables):
             values = table.get(iteration, {})
-            if not all(math.isfinite(value) for value in values.values()):
+            health = [v for name, v in values.items() if name.endswith(_HEALTH)]
+            if not all(math.isfinite(value) for value in health):
                 listed = ", ".join(f"{name}={value:g}" for name, value in values.items())
                 raise FloatingPointError(
                     f"Iteration {iteration} on rank {rank} is not finite: {listed}. No checkpoint "

@@ -48,16 +48,19 @@ class StepMetrics:
         row = {name: value.detach() for name, value in loss_dict.items()}
         if "total_loss" not in row:
             row["total_loss"] = torch.stack(list(row.values())).sum()
-        health = row["total_loss"] if comm.get_world_size() == 1 else None
+        # What all ranks know alike.
+        health = [row["total_loss"]] if comm.get_world_size() == 1 else []
         if grad_norm is not None:
-            row["grad_norm"] = health = grad_norm.detach()
-        names = [prefix + name for name in row]
-        self._names.update(dict.fromkeys([*names, prefix + "data_time"]))
-        storage.put_row(names, torch.stack([value.float() for value in row.values()]))
+            row["grad_norm"] = grad_norm.detach()
+            health.append(row["grad_norm"])
+        self._names.update(dict.fromkeys(prefix + name for name in (*row, "data_time")))
+        # Metrics may come from the CPU beside losses from an accelerator.
+        for device in {value.device: None for value in row.values()}:
+            here = {prefix + name: v.float() for name, v in row.items() if v.device == device}
+            storage.put_row(list(here), torch.stack(list(here.values())))
         storage.put_scalar(prefix + "data_time", data_time)
         storage.put_scalar(prefix + "rank_data_time", data_time)
-        on_cpu = health is not None and health.device.type == "cpu"
-        return not on_cpu or health is None or math.isfinite(health.item())
+        return all(v.device.type != "cpu" or math.isfinite(v.item()) for v in health)
 
     def sync(self, storage: EventStorage, request: tuple[str, bool] | None) -> list[int]:
         """Reduces what was put since the last time and checks it, on every rank.

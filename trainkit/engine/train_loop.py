@@ -28,6 +28,7 @@ from trainkit.engine.step_metrics import FINISH, StepMetrics
 from trainkit.solver.clip import GradientClipper, total_grad_norm
 from trainkit.utils import comm
 from trainkit.utils.device import PRECISIONS, autocast
+from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.storage import EventStorage
 from trainkit.utils.nested import move_to
 from trainkit.utils.period import is_due
@@ -179,7 +180,7 @@ class TrainerBase:
     def _finish_cut_step(self) -> None:
         """Runs the hooks that a checkpoint inside a step was taken before."""
         pending = self._loaded.get("pending", [])
-        # It holds a copy of the optimizer's state, too large to keep while the run goes on.
+        # On an accelerator this is a second copy of the optimizer's state: not for the whole run.
         self._loaded = {}
         self.iter = self.storage.iter = self.start_iter - 1
         self._after_step_hooks.run(pending)
@@ -202,6 +203,9 @@ class SimpleTrainer(TrainerBase):
         grad_clipper: Clips gradients and returns their norm before.
         seed: Seeds the generators before each forward pass, from (seed, rank, iteration,
             micro-batch). Without one, checkpoints hold the generators' states.
+
+    Raises:
+        ConfigError: If the precision is unknown, or `accumulate` is below 1.
     """
 
     def __init__(
@@ -217,7 +221,7 @@ class SimpleTrainer(TrainerBase):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        check_precision(precision)
+        autocast(precision, torch.device("cpu"))  # Raises now if it is unknown.
         if accumulate < 1:
             raise ConfigError(f"accumulate (SOLVER.ACCUMULATE) is {accumulate}; it is at least 1.")
         self.gather_metric_period = gather_metric_period

@@ -29,8 +29,8 @@ def move_to(batch: Any, device: torch.device) -> Any:
 def batch_size(batch: Any) -> int | None:
     """Returns the number of samples in a batch, or None where that cannot be told.
 
-    A list of per-sample dicts or lists has its length; otherwise the first tensor's first dimension
-    counts.
+    A list of nothing but per-sample dicts, lists or tuples has its length; otherwise the first
+    tensor's first dimension counts.
 
     Example:
         >>> batch_size({"image": torch.zeros(8, 1, 28, 28), "label": torch.zeros(8)})
@@ -38,7 +38,8 @@ def batch_size(batch: Any) -> int | None:
     """
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim > 0 else None
-    if isinstance(batch, list) and batch and isinstance(batch[0], (dict, list)):
+    is_list = isinstance(batch, list) and len(batch) > 0
+    if is_list and all(isinstance(sample, (dict, list, tuple)) for sample in batch):
         return len(batch)
     children = batch.values() if isinstance(batch, dict) else batch
     if isinstance(children, (str, bytes)) or not hasattr(children, "__iter__"):

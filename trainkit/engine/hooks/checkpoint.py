@@ -59,9 +59,11 @@ class PeriodicCheckpointer(HookBase):
         """Saves a run that was interrupted, and one that was ended early after its last save."""
         trainer = self.trainer
         iteration = trainer.iter - 1
-        if trainer.interruption is not None and iteration >= trainer.start_iter:
+        if iteration < trainer.start_iter or self._has_final:
+            return
+        if trainer.interruption is not None:
             self._periodic.save(f"{self._file_prefix}_{iteration:07d}", iteration=iteration)
-        elif trainer.iter == trainer.max_iter > trainer.start_iter and not self._has_final:
+        elif trainer.iter == trainer.max_iter:
             self._periodic.save(f"{self._file_prefix}_final", iteration=iteration)
 
 
@@ -108,7 +110,7 @@ class BestCheckpointer(HookBase):
     def after_train(self) -> None:
         """Looks at the final evaluation if the run came to its end."""
         trainer = self.trainer
-        if trainer.iter == trainer.max_iter:
+        if trainer.iter == trainer.max_iter and trainer.interruption is None:
             self._save_if_best(trainer.iter - 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +123,7 @@ class BestCheckpointer(HookBase):
         self._best_iter = state["best_iter"]
 
     def _save_if_best(self, iteration: int) -> None:
-        value = comm.broadcast(self._fresh_value())
+        value = comm.on_main(self._fresh_value)
         if value is None or (self._best is not None and not self._is_better(value, self._best)):
             return
         logger.info(

@@ -42,7 +42,9 @@ class EvalHook(HookBase):
     def after_train(self) -> None:
         """Evaluates if the run came to its end."""
         trainer = self.trainer
-        if self._eval_after_train and trainer.iter == trainer.max_iter:
+        if not self._eval_after_train or trainer.interruption is not None:
+            return
+        if trainer.iter == trainer.max_iter:
             self._evaluate()
 
     def _evaluate(self) -> None:

@@ -27,30 +27,34 @@ class LRScheduler(HookBase):
         scheduler: torch.optim.lr_scheduler.LRScheduler | ParamScheduler | None = None,
     ) -> None:
         self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._loaded: dict[str, Any] | None = None
+        self._given = scheduler
+        # Of a ParamScheduler, made anew for each run.
+        self._multiplier: LRMultiplier | None = None
+        self._loaded: dict[str, Any] = {}
         self._group = 0
 
     @property
     def scheduler(self) -> Any:
-        """The torch scheduler that is stepped."""
-        if self._scheduler is None:
-            self._scheduler = self.trainer.scheduler
-        return self._scheduler
+        """The torch scheduler that is stepped; a ParamScheduler becomes one when a run begins."""
+        if self._multiplier is not None:
+            return self._multiplier
+        return self.trainer.scheduler if self._given is None else self._given
 
     def before_train(self) -> None:
         """Finds optimizer and scheduler, and the parameter group whose rate is put."""
-        self._optimizer = self._optimizer or self.trainer.optimizer
+        trainer = self.trainer
+        self._optimizer = self._optimizer or trainer.optimizer
+        self._multiplier = None
         if isinstance(self.scheduler, ParamScheduler):
-            self._scheduler = LRMultiplier(
-                self._optimizer,
-                self.scheduler,
-                self.trainer.max_iter,
-                last_iter=self.trainer.iter - 1,
+            self._multiplier = LRMultiplier(
+                self._optimizer, self.scheduler, trainer.max_iter, last_iter=trainer.iter - 1
             )
-        if self._loaded is not None:
+        if self._loaded:
             self.scheduler.load_state_dict(self._loaded)
-            self._loaded = None
+            self._loaded = {}
+        elif trainer.iter == 0 and isinstance(self.scheduler, LRMultiplier):
+            # The trainer may have trained before.
+            self.scheduler.step(epoch=0)
         self._group = _most_telling_group(self._optimizer)
 
     def after_step(self) -> None:
@@ -62,6 +66,8 @@ class LRScheduler(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scheduler's state."""
+        if isinstance(self.scheduler, ParamScheduler):
+            return self._loaded
         state: dict[str, Any] = self.scheduler.state_dict()
         return state
 

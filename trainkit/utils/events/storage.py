@@ -84,7 +84,7 @@ class EventStorage:
             row = value.detach().reshape(1).clone()
             self._deferred.add(row, [self._history_to_fill(name, smoothing_hint)], iteration)
         else:
-            number = float(value)
+            number = float(value.detach() if isinstance(value, torch.Tensor) else value)
             self._history_to_fill(name, smoothing_hint).update(number, iteration)
 
     def put_row(

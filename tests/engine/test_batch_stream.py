@@ -1,0 +1,175 @@
+import logging
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from trainkit.engine.batch_stream import BatchStream
+from trainkit.utils.errors import ConfigError
+
+
+class Noisy(Dataset[torch.Tensor]):
+    """Sample i is i plus noise from the global generator."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.rand(())
+
+
+class Shuffled:
+    """A loader of the user's own, which draws its order when its first batch is asked for."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from torch.randperm(7)
+
+
+class Counting(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from torch.arange(7.0)
+
+
+class Doubling(DataLoader[torch.Tensor]):
+    """A subclass with an `__iter__` of its own."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # as users write it
+        return (2 * batch for batch in super().__iter__())
+
+
+class Stateful:
+    """Has the protocol of trainkit's and torchdata's loaders."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            self.position += 1
+            yield self.position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def with_generator() -> DataLoader[torch.Tensor]:
+    return DataLoader(Noisy(), 3, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "in order": lambda: DataLoader(Noisy(), 3),
+    "shuffled": lambda: DataLoader(Noisy(), 3, shuffle=True),
+    "with a generator": with_generator,
+    "drops the last": lambda: DataLoader(Noisy(), 3, shuffle=True, drop_last=True),
+    "batched by the data set": lambda: DataLoader(Noisy(), batch_size=None, shuffle=True),
+    "iterable": lambda: DataLoader(Counting(), 3),
+    "a subclass": lambda: Doubling(Counting(), 3),
+    "of the user's own": Shuffled,
+}
+
+
+def draw(stream: BatchStream, count: int) -> list[torch.Tensor]:
+    return [next(stream) for _ in range(count)]
+
+
+def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return len(found) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 2, 3, 4, 5, 7, 8, 11])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_resumed_stream_yields_what_the_unbroken_one_did(kind: str, consumed: int) -> None:
+    unbroken = BatchStream(LOADERS[kind]())
+    draw(unbroken, consumed)
+    state, rng = unbroken.state_dict(), torch.get_rng_state()
+    expected = draw(unbroken, 17)
+
+    torch.manual_seed(99)
+    resumed = BatchStream(LOADERS[kind]())
+    resumed.load_state_dict(state)
+    # As the trainer does, for a run without a seed.
+    torch.set_rng_state(rng)
+    assert equal(draw(resumed, 17), expected)
+
+
+def test_a_finite_loader_begins_again_in_another_order() -> None:
+    stream = BatchStream(DataLoader(list(range(5)), shuffle=True))  # type: ignore[arg-type]  # list
+    epochs = [[int(batch) for batch in draw(stream, 5)] for _ in range(4)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert any(before != after for before, after in pairwise(epochs))
+
+
+def test_a_subclass_with_an_iter_of_its_own_keeps_it_after_a_resume() -> None:
+    stream = BatchStream(Doubling(Counting(), 1))
+    draw(stream, 2)
+    resumed = BatchStream(Doubling(Counting(), 1))
+    resumed.load_state_dict(stream.state_dict())
+    assert next(resumed).tolist() == [4.0]
+
+
+def test_a_stateful_loader_resumes_by_its_own_state(caplog: pytest.LogCaptureFixture) -> None:
+    stream = BatchStream(Stateful())
+    assert [next(stream) for _ in range(3)] == [1, 2, 3]
+    assert stream.state_dict() == {"loader": {"position": 3}}
+    resumed = BatchStream(Stateful())
+    resumed.load_state_dict(stream.state_dict())
+    assert next(resumed) == 4
+    assert not resumed.draws_global_randomness
+    assert caplog.text == ""
+
+
+def test_what_a_plain_loader_cannot_restore_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    stream = BatchStream([1, 2, 3])
+    assert [next(stream) for _ in range(4)] == [1, 2, 3, 1]
+    with caplog.at_level(logging.WARNING):
+        resumed = BatchStream([1, 2, 3])
+        resumed.load_state_dict(stream.state_dict())
+        assert [next(resumed) for _ in range(4)] == [2, 3, 1, 2]
+    assert len(caplog.records) == 1
+    assert "(list) has no state of its own: 1 batches of epoch 1 are passed over" in caplog.text
+
+
+@pytest.mark.parametrize(("old", "new"), [(Stateful(), [1, 2]), ([1, 2], Stateful())])
+def test_the_position_of_another_kind_of_loader_is_not_used(
+    old: Any, new: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = BatchStream(old)
+    next(stream)
+    resumed = BatchStream(new)
+    with caplog.at_level(logging.WARNING):
+        resumed.load_state_dict(stream.state_dict())
+    assert "position of another kind of data loader" in caplog.text
+    assert next(resumed) == 1
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [[], DataLoader(list(range(3)), batch_size=4, drop_last=True)],  # type: ignore[arg-type]  # list
+)
+def test_a_loader_without_batches_is_an_error(loader: Any) -> None:
+    with pytest.raises(ConfigError, match=r"yields no batch. Its data set may be empty"):
+        next(BatchStream(loader))
+
+
+def test_an_exhausted_iterator_is_an_error() -> None:
+    stream = BatchStream(iter([1, 2]))
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(ConfigError, match=r"\(list_iterator\) is an iterator that ended after 2"):
+        next(stream)
+
+
+def test_a_distributed_sampler_is_told_the_epoch() -> None:
+    data = list(range(6))
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0)  # type: ignore[arg-type]  # a list
+    stream = BatchStream(DataLoader(data, sampler=sampler))  # type: ignore[arg-type]  # a list
+    epochs = [[int(batch) for batch in draw(stream, 6)] for _ in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert sampler.epoch == 2

@@ -1,0 +1,170 @@
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from trainkit.engine.hook_base import (
+    AfterStepHooks,
+    HookBase,
+    call_each,
+    check_on_all_ranks,
+    hook_keys,
+    hooks_state_dict,
+    load_hooks_state_dict,
+    overriding,
+    priority_of,
+)
+from trainkit.utils import comm
+from trainkit.utils.errors import ConfigError, UnknownNameError
+
+
+class Counter(HookBase):
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+
+    def after_step(self) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def failing(text: str) -> Any:
+    def fail() -> None:
+        raise ValueError(text)
+
+    return fail
+
+
+def test_an_unregistered_hook_says_how_to_register_it() -> None:
+    with pytest.raises(RuntimeError, match=r"hook Counter has no trainer yet.*register_hooks"):
+        _ = Counter().trainer
+
+
+def test_a_hook_of_a_dead_trainer_says_so(loop: Any) -> None:
+    hook = Counter()
+    loop().register_hooks([hook])
+    with pytest.raises(RuntimeError, match=r"trainer of the hook Counter no longer exists.*keep"):
+        _ = hook.trainer
+
+
+@pytest.mark.parametrize(("name", "number"), [("VERY_HIGH", 10), ("LOWEST", 100), (0, 0), (73, 73)])
+def test_priorities_are_numbers_or_names(name: int | str, number: int) -> None:
+    hook = HookBase()
+    hook.priority = name
+    assert priority_of(hook) == number
+
+
+def test_an_unknown_priority_names_the_nearest() -> None:
+    hook = Counter()
+    hook.priority = "VERY_LO"
+    with pytest.raises(UnknownNameError, match=r"priority of Counter 'VERY_LO'.*'VERY_LOW'"):
+        priority_of(hook)
+
+
+@pytest.mark.parametrize("number", [-1, 101])
+def test_a_priority_out_of_range_is_an_error(number: int) -> None:
+    hook = Counter()
+    hook.priority = number
+    with pytest.raises(ConfigError, match=rf"hook Counter is {number}; it must be in \[0, 100\]"):
+        priority_of(hook)
+
+
+def test_only_overriding_hooks_are_found_those_of_an_instance_too() -> None:
+    plain, counter, patched = HookBase(), Counter(), HookBase()
+    patched.after_step = lambda: None  # type: ignore[method-assign]  # what a user may do
+    assert overriding([plain, counter, patched], "after_step") == [counter, patched]
+    assert overriding([plain, counter, patched], "before_step") == []
+
+
+def test_call_each_calls_all_and_raises_the_first_error_with_the_others_as_notes() -> None:
+    called: list[str] = []
+    with pytest.raises(ValueError, match=r"^one") as raised:
+        call_each([failing("one"), lambda: called.append("two"), failing("three")])
+    assert called == ["two"]
+    assert len(raised.value.__notes__) == 1
+    assert "fail raised too: ValueError('three')" in raised.value.__notes__[0]
+
+
+def test_call_each_leaves_a_failure_to_its_caller_and_gives_it_the_notes() -> None:
+    failure = RuntimeError("before")
+    call_each([failing("one"), lambda: call_each([failing("two"), failing("three")])], failure)
+    assert [note.split(": ")[1] for note in failure.__notes__] == [
+        "ValueError('one')",
+        "ValueError('two')",
+        "ValueError('three')",
+    ]
+
+
+def test_call_each_raises_inside_an_except_block_too() -> None:
+    try:
+        raise KeyError("handled")
+    except KeyError:
+        with pytest.raises(ValueError, match=r"^new$"):
+            call_each([failing("new")])
+
+
+def test_hooks_of_one_class_are_numbered() -> None:
+    assert hook_keys([Counter(), HookBase(), Counter(), Counter()]) == [
+        "Counter",
+        "HookBase",
+        "Counter#2",
+        "Counter#3",
+    ]
+
+
+def test_twin_hooks_keep_separate_states() -> None:
+    states = hooks_state_dict([Counter(3), HookBase(), Counter(5)])
+    assert states == {"Counter": {"count": 3}, "Counter#2": {"count": 5}}
+    first, second = Counter(), Counter()
+    load_hooks_state_dict([first, second], states)
+    assert (first.count, second.count) == (3, 5)
+
+
+def test_a_state_without_its_hook_is_dropped_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_hooks_state_dict([HookBase()], {"Counter": {"count": 1}})
+    assert "state of the hook Counter, which is not registered" in caplog.text
+
+
+def test_pending_hooks_are_those_after_the_running_one() -> None:
+    hooks = [Counter(), HookBase(), Counter(), Counter()]
+    after_step = AfterStepHooks(hooks)
+    assert after_step.pending() == []
+    after_step.running = "Counter#2"
+    assert after_step.pending() == ["Counter#3"]
+    after_step.run(["Counter#3", "Counter"])
+    assert [hook.count for hook in hooks if isinstance(hook, Counter)] == [1, 0, 1]
+    assert after_step.pending() == []
+
+
+def test_a_pending_hook_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        AfterStepHooks([Counter()]).run(["Drawer"])
+    assert "The hook Drawer had yet to run" in caplog.text
+
+
+def test_hooks_that_compare_equal_are_told_apart() -> None:
+    @dataclass
+    class Same(HookBase):
+        name: str = "x"
+
+        def after_step(self) -> None:
+            """Does nothing."""
+
+    after_step = AfterStepHooks([Same(), Same()])
+    after_step.running = hook_keys([Same(), Same()])[1]
+    assert after_step.pending() == []
+
+
+def test_collective_hooks_must_be_the_same_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = Counter()
+    hook.is_collective = True
+    check_on_all_ranks([hook, HookBase()])
+    monkeypatch.setattr(comm, "all_gather", lambda keys: [keys, []])
+    with pytest.raises(ConfigError, match=r"rank 0 has \['Counter'\] and rank 1 has \[\]"):
+        check_on_all_ranks([hook, HookBase()])

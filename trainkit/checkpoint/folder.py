@@ -1,0 +1,113 @@
+"""The folder of a run: which checkpoints it holds, in which order they are to be trusted."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from stat import S_ISREG
+
+from trainkit.checkpoint.format import temporary_path
+from trainkit.checkpoint.manifest import DamagedError, read_end, read_manifest
+from trainkit.utils.errors import nearest_name
+
+POINTER = "last_checkpoint"
+FINISHED = "finished.json"
+
+_MAX_POINTER_BYTES = 4096
+
+logger = logging.getLogger(__name__)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Returns the published checkpoints of a folder, the one to resume from first.
+
+    Those with a manifest come by the time in it, newest first, and among them, by their time of
+    change, those damaged at the end, so that what is skipped is noticed. Files of an earlier format
+    follow: the one that the pointer names, then the others by their time of change.
+    """
+    tagged = _read_pointer(folder)
+    ranks = {path: _rank(path, path.name == tagged) for path in folder.glob("*.pth")}
+    ranked = {path: rank for path, rank in ranks.items() if rank is not None}
+    return sorted(ranked, key=lambda path: (ranked[path], path.name), reverse=True)
+
+
+def newest_time_ns(folder: Path) -> int:
+    """Returns the largest time in any manifest of a folder, or 0."""
+    manifests = (read_manifest(path) for path in folder.glob("*.pth"))
+    return max((m.saved_at_ns for m in manifests if m is not None), default=0)
+
+
+def signature(path: Path) -> tuple[object, ...]:
+    """Returns what changes when somebody replaces a file or writes to it."""
+    stat = path.stat()
+    return path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what saves left behind that were killed.
+
+    Raises:
+        OSError: If the folder does not allow it.
+    """
+    for path in folder.glob(temporary_path(Path("*.pth")).name):
+        path.unlink(missing_ok=True)
+
+
+def read_finished(folder: Path) -> int | None:
+    """Returns the last iteration of a run that came to its end, or None if this one has not."""
+    try:
+        content = json.loads((folder / FINISHED).read_bytes())
+        iteration = content["iteration"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        iteration = None
+    if type(iteration) is not int:
+        logger.warning(
+            "%s is damaged: taking the run for unfinished. If it is finished, write "
+            '{"iteration": <its last iteration>} into that file.',
+            folder / FINISHED,
+        )
+        return None
+    return iteration
+
+
+def describe_missing(path: str) -> str:
+    """Returns what to tell a user who named a checkpoint that is not there."""
+    folder, name = Path(path).parent, Path(path).name
+    if Path(path).is_dir():
+        return f"{path!r} is a folder. Name a file in it: {_list_checkpoints(Path(path))}."
+    if not folder.is_dir():
+        return f"There is no checkpoint {path!r}: there is no folder {str(folder)!r} either."
+    nearest = nearest_name(name, (entry.name for entry in folder.iterdir()))
+    if nearest:
+        return f"There is no checkpoint {path!r}. Did you mean {os.fspath(folder / nearest)!r}?"
+    return f"There is no checkpoint {path!r}. That folder holds {_list_checkpoints(folder)}."
+
+
+def _rank(path: Path, is_tagged: bool) -> tuple[bool, bool, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    if not S_ISREG(stat.st_mode):
+        return None
+    try:
+        manifest = read_end(path).manifest
+    except (DamagedError, OSError):
+        return True, False, stat.st_mtime_ns
+    if manifest is None:
+        return False, is_tagged, stat.st_mtime_ns
+    return True, False, manifest.saved_at_ns
+
+
+def _read_pointer(folder: Path) -> str:
+    try:
+        with (folder / POINTER).open("rb") as file:
+            return file.read(_MAX_POINTER_BYTES).decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _list_checkpoints(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no .pth file"

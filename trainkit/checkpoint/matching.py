@@ -1,0 +1,184 @@
+"""Weights into a model: which entries belong together, and a table of those that do not."""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from fvcore.common.checkpoint import _IncompatibleKeys
+from tabulate import tabulate
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from trainkit.utils.errors import CheckpointError
+
+ABSENT = "absent"
+
+_MAX_ROWS = 10
+_COMPILED, _WRAPPED = "_orig_mod.", "module."
+
+
+class Difference(NamedTuple):
+    """One key of which checkpoint and model do not hold the same, and what each holds."""
+
+    key: str
+    in_checkpoint: str
+    in_model: str
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            # What torch.compile returns; it shares its parameters with the module within.
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def find_weights(data: Any, path: str) -> dict[str, Any]:
+    """Returns what a file holds, with the model's weights as its entry "model".
+
+    Args:
+        data: A dict with "model", as trainkit, fvcore and detectron2 save; one with "state_dict";
+            or weights alone.
+        path: Names the file in errors.
+
+    Raises:
+        CheckpointError: If it is none of these.
+    """
+    if isinstance(data, dict):
+        for key in ("model", "state_dict"):
+            if isinstance(data.get(key), dict):
+                return {**{k: v for k, v in data.items() if k != key}, "model": data[key]}
+        if data and all(isinstance(v, (torch.Tensor, np.ndarray)) for v in data.values()):
+            return {"model": data}
+    keys = ", ".join(map(str, list(data)[:_MAX_ROWS])) if isinstance(data, dict) else ""
+    raise CheckpointError(
+        f"{path} holds no weights: it is a {type(data).__name__}{f' of {keys}' if keys else ''}. "
+        "Expected is a dict with 'model' or 'state_dict', or of tensors alone."
+    )
+
+
+def align_names(state: MutableMapping[str, Any], model_state: Iterable[str]) -> None:
+    """Renames entries in place where only a wrapper makes the difference.
+
+    torch.compile puts "_orig_mod." anywhere into names, DistributedDataParallel "module." before
+    all of them; either side may have been wrapped.
+    """
+    own = {name.replace(_COMPILED, ""): name for name in model_state}
+    plain = [name.replace(_COMPILED, "") for name in state]
+    is_wrapped = all(name.startswith(_WRAPPED) for name in plain) and not any(
+        name.startswith(_WRAPPED) for name in own
+    )
+
+    def rename(name: str) -> str:
+        name = name.replace(_COMPILED, "")
+        name = name.removeprefix(_WRAPPED) if is_wrapped else name
+        return own.get(name, name)
+
+    for name in list(state):
+        state[rename(name)] = state.pop(name)
+    # Versions of modules, by the modules' names, which have no dot at their end.
+    metadata = getattr(state, "_metadata", {})
+    for name in list(metadata):
+        metadata[rename(f"{name}.").removesuffix(".")] = metadata.pop(name)
+
+
+def load_what_fits(model: nn.Module, state: dict[str, Any]) -> _IncompatibleKeys:
+    """Loads the entries of a state whose names and shapes are those of the model's.
+
+    Args:
+        model: Where to.
+        state: Tensors or NumPy arrays by name; it is used up.
+
+    Returns:
+        fvcore's report: keys that are missing, but not those whose memory was loaded under another
+        name; keys that the model has not; and (key, shape in `state`, shape in the model).
+
+    Raises:
+        CheckpointError: If nothing fits; the model is untouched then.
+    """
+    for key, value in state.items():
+        if isinstance(value, np.ndarray):
+            state[key] = torch.from_numpy(value)
+    own = model.state_dict()
+    align_names(state, own)
+    wrong = [key for key in state if key in own and not _fits(state[key], own[key])]
+    if own and not (state.keys() & own.keys()) - set(wrong):
+        raise CheckpointError(
+            "Nothing in the checkpoint fits the model:\n"
+            f"{tabulate_differences(differences(state, own))}\n"
+            "Check that MODEL.WEIGHTS is a checkpoint of this kind of model."
+        )
+    shapes = [(key, tuple(state.pop(key).shape), tuple(own[key].shape)) for key in wrong]
+    result = model.load_state_dict(state, strict=False)
+    loaded = {_memory(own[key]) for key in own.keys() & state.keys()} - {0}
+    missing = [key for key in result.missing_keys if key not in wrong]
+    return _IncompatibleKeys(
+        missing_keys=[key for key in missing if _memory(own.get(key)) not in loaded],
+        unexpected_keys=result.unexpected_keys,
+        incorrect_shapes=shapes,
+    )
+
+
+def list_incompatible(model: nn.Module, incompatible: _IncompatibleKeys) -> list[Difference]:
+    """Returns fvcore's report in the form that `tabulate_differences` takes."""
+    own = model.state_dict()
+    found = [Difference(key, str(a), str(b)) for key, a, b in incompatible.incorrect_shapes]
+    found += [Difference(k, ABSENT, _describe(own.get(k))) for k in incompatible.missing_keys]
+    return found + [Difference(k, "not used", ABSENT) for k in incompatible.unexpected_keys]
+
+
+def differences(state: Mapping[str, Any], model_state: Mapping[str, Any]) -> list[Difference]:
+    """Returns what keeps a model from taking over a state exactly: keys, shapes, dtypes."""
+    found = (
+        Difference(
+            key,
+            _describe(state[key]) if key in state else ABSENT,
+            _describe(model_state[key]) if key in model_state else ABSENT,
+        )
+        for key in dict.fromkeys([*model_state, *state])
+        # A lazy module takes whatever shape comes.
+        if not (key in state and key in model_state and is_lazy(model_state[key]))
+    )
+    return [d for d in found if d.in_checkpoint != d.in_model]
+
+
+def tabulate_differences(found: Sequence[Difference]) -> str:
+    """Returns a table with at most 10 rows of each kind: mismatched, missing, unused."""
+    kinds: list[list[Difference]] = [[], [], []]
+    for difference in found:
+        is_missing, is_unused = difference.in_checkpoint == ABSENT, difference.in_model == ABSENT
+        kinds[1 if is_missing else 2 if is_unused else 0].append(difference)
+    rows = []
+    for kind in kinds:
+        rows += kind[:_MAX_ROWS]
+        if len(kind) > _MAX_ROWS:
+            rows.append(Difference(f"… and {len(kind) - _MAX_ROWS} more like these", "", ""))
+    # Numbers are not to be aligned: a shape is no number.
+    return tabulate(
+        rows, headers=["key", "in the checkpoint", "in the model"], disable_numparse=True
+    )
+
+
+def _fits(value: Any, own: Any) -> bool:
+    """Whether a model's entry can take a value; what is no tensor has its own rules."""
+    if is_lazy(own) or not isinstance(own, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return True
+    return value.shape == own.shape
+
+
+def _describe(value: Any) -> str:
+    """Returns the dtype and shape of a tensor, such as "float32 (16, 3)"; else the type's name."""
+    if not isinstance(value, torch.Tensor) or is_lazy(value):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _memory(value: Any) -> int:
+    """Returns where a tensor's memory begins, or 0."""
+    return value.data_ptr() if isinstance(value, torch.Tensor) and not is_lazy(value) else 0
