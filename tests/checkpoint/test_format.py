@@ -1,5 +1,6 @@
 """A file is what was written, or is known not to be; reading it runs no code."""
 
+import collections
 import errno
 import io
 import os
@@ -83,8 +84,10 @@ def test_a_time_is_later_than_the_ones_before_whatever_the_clock_says(tmp_path: 
     assert write_checkpoint(STATE, tmp_path / "b.pth").saved_at_ns < far
 
 
-def flipped(content: bytes, index: int, bit: int) -> bytes:
-    return content[:index] + bytes([content[index] ^ (1 << bit)]) + content[index + 1 :]
+def put(path: Path, index: int, byte: int) -> None:
+    with path.open("r+b", buffering=0) as file:
+        file.seek(index)
+        file.write(bytes([byte]))
 
 
 def test_a_flipped_bit_is_never_verified(path: Path) -> None:
@@ -99,19 +102,19 @@ def test_a_flipped_bit_is_never_verified(path: Path) -> None:
         # In the record and the comment all bits, elsewhere one of them.
         bits = range(8) if index >= manifest.bytes - 22 else [draw.randrange(8)]
         for bit in bits:
-            path.write_bytes(flipped(content, index, bit))
+            put(path, index, content[index] ^ (1 << bit))
             verdict = verify(path)
+            put(path, index, content[index])
             assert verdict.state == "damaged", (index, bit)
             assert verdict.reason
-    path.write_bytes(content)
     assert verify(path).state == "verified"
 
 
 def test_every_truncation_is_damage(path: Path) -> None:
-    content = path.read_bytes()
-    lengths = {*range(60), *range(0, len(content), 17), *range(len(content) - 700, len(content))}
-    for length in sorted(lengths):
-        path.write_bytes(content[:length])
+    size = path.stat().st_size
+    lengths = {*range(60), *range(0, size, 17), *range(size - 700, size)}
+    for length in sorted(lengths, reverse=True):
+        os.truncate(path, length)
         assert verify(path).state == "damaged", length
 
 
@@ -162,8 +165,9 @@ def test_an_older_file_with_any_damage_gets_a_verdict(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a.pth")
     content = (tmp_path / "a.pth").read_bytes()
     for index in range(content.index(b"PK\x01\x02"), len(content)):
-        (tmp_path / "a.pth").write_bytes(flipped(content, index, index % 8))
+        put(tmp_path / "a.pth", index, content[index] ^ (1 << index % 8))
         assert verify(tmp_path / "a.pth").state in ("unverified", "damaged")
+        put(tmp_path / "a.pth", index, content[index])
 
 
 def test_what_cannot_be_read_is_damaged(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, is_zip: bool) -> 
     text = str(raised.value)
     assert f"{path} holds more than tensors" in text
     assert "nothing in it was run" in text
-    assert "posix.mkdir" in text
+    assert text.endswith("GLOBAL posix.mkdir whose module posix is blocked.")
     assert not (tmp_path / "canary").exists()
     # The canary works: whoever trusts the file runs it.
     torch.load(path, weights_only=False)
@@ -211,6 +215,14 @@ def test_code_in_a_file_with_a_sound_manifest_is_not_run(
     with pytest.raises(CheckpointError, match="nothing in it was run"):
         load_checkpoint(tmp_path / "a.pth")
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_class_that_is_not_known_is_named_without_bad_advice(tmp_path: Path) -> None:
+    torch.save({"x": collections.defaultdict(int)}, tmp_path / "a.pth")
+    with pytest.raises(
+        CheckpointError, match=r"GLOBAL collections\.defaultdict was not .*default\.$"
+    ):
+        load_checkpoint(tmp_path / "a.pth")
 
 
 def test_a_bare_pickle_is_no_checkpoint(tmp_path: Path) -> None:

@@ -167,9 +167,8 @@ def test_an_exhausted_iterator_is_an_error() -> None:
 
 
 def test_a_distributed_sampler_is_told_the_epoch() -> None:
-    data = list(range(6))
-    sampler = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0)  # type: ignore[arg-type]  # a list
-    stream = BatchStream(DataLoader(data, sampler=sampler))  # type: ignore[arg-type]  # a list
-    epochs = [[int(batch) for batch in draw(stream, 6)] for _ in range(3)]
+    sampler: Any = torch.utils.data.DistributedSampler(Noisy(), num_replicas=1, rank=0)
+    stream = BatchStream(DataLoader(Noisy(), sampler=sampler))
+    epochs = [[int(batch) for batch in draw(stream, 10)] for _ in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert sampler.epoch == 2

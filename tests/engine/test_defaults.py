@@ -331,11 +331,11 @@ def test_every_build_method_may_be_overridden(make_cfg: MakeCfg) -> None:
 def test_after_backward_hooks_fire(make_cfg: MakeCfg) -> None:
     trainer = DefaultTrainer(make_cfg())
     fired: list[bool] = []
-    hook = CallbackHook(after_backward=lambda t: fired.append(any(t.model.parameters())))
-    hook._after_backward = lambda t: fired.append(
-        all(p.grad is not None for p in t.model.parameters())
-    )
-    trainer.register_hooks([hook])
+
+    def look(trainer: SimpleTrainer) -> None:
+        fired.append(all(p.grad is not None for p in trainer.model.parameters()))
+
+    trainer.register_hooks([CallbackHook(after_backward=look)])
     trainer.train()
     assert fired == [True] * 4
 

@@ -11,29 +11,37 @@ def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def press_in_block(log: list[str], times: int) -> None:
+    """Writes down the requests, and "end" when the block comes to its end."""
+    with interrupt_as_request(log.append):
+        for _ in range(times):
+            press_ctrl_c()
+        log.append("end")
+
+
 def test_the_first_ctrl_c_is_a_request_and_raises_after_the_block() -> None:
-    reasons: list[str] = []
-    finished = False
-    with pytest.raises(KeyboardInterrupt), interrupt_as_request(reasons.append):
-        press_ctrl_c()
-        finished = True
-    assert (reasons, finished) == (["Ctrl-C"], True)
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        press_in_block(log, times=1)
+    assert log == ["Ctrl-C", "end"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_second_ctrl_c_interrupts_at_once() -> None:
-    finished = False
-    with pytest.raises(KeyboardInterrupt), interrupt_as_request(lambda reason: None):
-        press_ctrl_c()
-        press_ctrl_c()
-        finished = True
-    assert not finished
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        press_in_block(log, times=2)
+    assert log == ["Ctrl-C"]
 
 
 def test_an_error_in_the_block_wins_over_the_interrupt() -> None:
-    with pytest.raises(ValueError, match="mine"), interrupt_as_request(lambda reason: None):
-        press_ctrl_c()
-        raise ValueError("mine")
+    def fail(log: list[str]) -> None:
+        with interrupt_as_request(log.append):
+            press_ctrl_c()
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        fail([])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

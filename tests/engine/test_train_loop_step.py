@@ -61,7 +61,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(
 def test_precision_bf16_runs_forward_in_bf16_and_keeps_fp32_weights(simple: MakeTrainer) -> None:
     trainer = simple(precision="bf16")
     dtypes: list[torch.dtype] = []
-    trainer.model.linear.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+    model: Any = trainer.model
+    model.linear.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
     trainer.train(0, 2)
     assert dtypes == [torch.bfloat16] * 2
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
@@ -113,7 +114,8 @@ def test_a_scalar_loss_is_the_total(simple: MakeTrainer, samples: list[Any]) -> 
     trainer = simple(Scalar())
     trainer.train(0, 1)
     assert trainer.storage.history("total_loss").latest() == 2.0
-    assert trainer.model.weight.item() == pytest.approx(0.8)
+    (weight,) = weights(trainer)
+    assert weight.item() == pytest.approx(0.8)
 
 
 def test_metrics_without_a_gradient_are_put_and_not_trained_on(
@@ -264,6 +266,15 @@ def test_called_without_arguments_it_only_initializes_the_loop() -> None:
     assert trainer.steps == 3
 
 
+def drawing(count: int) -> HookBase:
+    """Draws random numbers before each step."""
+
+    def draw(trainer: SimpleTrainer) -> None:
+        torch.rand(count + trainer.iter)
+
+    return CallbackHook(before_step=draw)
+
+
 def saving_at(iteration: int, states: list[dict[str, Any]]) -> HookBase:
     def save(trainer: SimpleTrainer) -> None:
         if trainer.iter == iteration:
@@ -302,16 +313,13 @@ def test_a_plain_loader_and_dropout_resume_bit_for_bit(
 
     states: list[dict[str, Any]] = []
     unbroken = make()
-    # It draws random numbers before the saver, as the resumed run's own history does not.
-    unbroken.register_hooks([CallbackHook(before_step=lambda t: torch.rand(3))])
-    unbroken.register_hooks([saving_at(cut, states)])
+    unbroken.register_hooks([drawing(3), saving_at(cut, states)])
     unbroken.train(0, 12)
 
     torch.manual_seed(77)
     random.seed(77)
     resumed = make()
-    resumed.register_hooks([CallbackHook(before_step=lambda t: torch.rand(3))])
-    resumed.register_hooks([saving_at(cut, [])])
+    resumed.register_hooks([drawing(3), saving_at(cut, [])])
     resumed.model.load_state_dict(states[0]["model"])
     resumed.load_state_dict(states[0]["trainer"])
     resumed.train(resumed.iter + 1, 12)
@@ -324,7 +332,7 @@ def test_a_seeded_trainer_draws_dropout_whatever_its_hooks_draw(
     simple: MakeTrainer, regression: Any
 ) -> None:
     quiet, noisy = (simple(regression(dropout=0.5), seed=5) for _ in range(2))
-    noisy.register_hooks([CallbackHook(before_step=lambda t: torch.rand(t.iter + 1))])
+    noisy.register_hooks([drawing(1)])
     other_seed = simple(regression(dropout=0.5), seed=6)
     for trainer in (quiet, noisy, other_seed):
         trainer.train(0, 6)

@@ -157,7 +157,7 @@ class Checkpointer(_Checkpointer):
         try:
             write_atomically(Path(self.save_dir, run_folder.POINTER), last_filename_basename)
         except OSError as e:
-            self.logger.warning("Cannot point to %s: %s", last_filename_basename, e)
+            self.logger.warning("Cannot point to %s: %s", last_filename_basename, str(e))
 
     def keep_newest(self, file_prefix: str, max_to_keep: int) -> None:
         """Deletes all `{file_prefix}_NNNNNNN.pth` but the newest, whichever process saved them.
@@ -186,7 +186,7 @@ class Checkpointer(_Checkpointer):
         try:
             path.unlink(missing_ok=True)
         except OSError as e:
-            self.logger.warning("Cannot delete the old checkpoint %s: %s", path, e)
+            self.logger.warning("Cannot delete the old checkpoint %s: %s", path, str(e))
 
     def mark_finished(self, iteration: int) -> None:
         """Notes that the run came to its end after 0-based `iteration`, its last hooks included."""
@@ -195,7 +195,7 @@ class Checkpointer(_Checkpointer):
             try:
                 write_atomically(Path(self.save_dir, run_folder.FINISHED), text)
             except OSError as e:
-                self.logger.warning("Cannot note that the run is finished: %s", e)
+                self.logger.warning("Cannot note that the run is finished: %s", str(e))
 
     def finished_iteration(self) -> int | None:
         """Returns the iteration after which the run came to its end, or None."""
@@ -257,8 +257,10 @@ class Checkpointer(_Checkpointer):
                 checkpoint = self._read(path)
                 self._check_is_of_run(checkpoint, path)
             except CheckpointError as e:
-                self.logger.warning("SKIPPING A CHECKPOINT. %s", e)
-                faults.append(f"  {e}")
+                # Its text only: a handler that keeps records would keep the frames of the error.
+                fault = str(e)
+                self.logger.warning("SKIPPING A CHECKPOINT. %s", fault)
+                faults.append(f"  {fault}")
                 continue
             self._check_model(checkpoint["model"], path)
             self.logger.info("Resuming from %s", path)

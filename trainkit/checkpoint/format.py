@@ -7,6 +7,7 @@ name, so a name never stands for half a checkpoint. Reading never runs code.
 import contextlib
 import hashlib
 import os
+import pickle
 import platform
 import shutil
 import struct
@@ -36,6 +37,7 @@ from trainkit.utils.file_io import publish
 
 _CHUNK_BYTES = 1 << 20
 _MAX_TEXT = 200
+_ADVICE = ("Weights only load failed", "(1)", "(2)", "Please file", "Check the documentation")
 
 
 def temporary_path(path: Path) -> Path:
@@ -153,10 +155,12 @@ def _versions() -> dict[str, str]:
 
 
 def _explain_load(path: str | os.PathLike[str], error: Exception) -> str:
-    _, marker, refusal = str(error).partition("WeightsUnpickler error: ")
-    said = " ".join((refusal or str(error)).split())
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    # Around its reason torch advises to trust the file, which is not ours to advise.
+    telling = [line for line in lines if not line.startswith(_ADVICE)] or lines[:1] or [""]
+    said = telling[0].removeprefix("WeightsUnpickler error: ").partition(" Please use ")[0]
     said = said if len(said) <= _MAX_TEXT else said[:_MAX_TEXT] + "…"
-    if marker:
+    if isinstance(error, pickle.UnpicklingError):
         return (
             f"Checkpoint {os.fspath(path)} holds more than tensors and plain values. It was "
             f"refused and nothing in it was run. torch says: {said}"
@@ -167,10 +171,10 @@ def _explain_load(path: str | os.PathLike[str], error: Exception) -> str:
 def _hash_file(path: Path, record_at: int) -> str:
     """Returns the SHA-256 of a file up to its comment, whose length is taken as 0."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(min(record_at, _CHUNK_BYTES)))
     left = record_at
     with path.open("rb") as file:
-        while left and (count := file.readinto(buffer[: min(left, _CHUNK_BYTES)])):
+        while left and (count := file.readinto(buffer[:left])):
             digest.update(buffer[:count])
             left -= count
         digest.update(file.read(END_RECORD_BYTES)[:-2] + b"\0\0")

@@ -119,7 +119,11 @@ def read_end(path: str | os.PathLike[str]) -> FileEnd:
     (length,) = struct.unpack_from("<H", tail, at + END_RECORD_BYTES - 2)
     if length != len(comment):
         raise DamagedError(f"{len(comment)} bytes follow its end record, where {length} should")
-    return FileEnd(_parse(comment, tail_at + at) if comment else None, tail_at + at)
+    if comment:
+        return FileEnd(_parse(comment, tail_at + at), tail_at + at)
+    if not start.startswith(_ZIP_START):
+        raise DamagedError("it does not begin like a checkpoint")
+    return FileEnd(None, tail_at + at)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:

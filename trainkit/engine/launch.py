@@ -67,13 +67,7 @@ def launch(
         )
     if world_size == 1:
         return main_func(*args)
-    if dist_url in (None, "auto"):
-        if num_machines > 1:
-            raise ConfigError(
-                "Several machines need an address to meet at: pass --dist-url tcp://HOST:PORT, "
-                "or start each with torchrun."
-            )
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    dist_url = _meeting_point(dist_url, num_machines)
     _start_processes(
         num_gpus_per_machine,
         (main_func, args, dist_url, world_size, machine_rank, num_gpus_per_machine, timeout),
@@ -164,8 +158,14 @@ def _run_in_group(
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def _meeting_point(dist_url: str | None, num_machines: int) -> str:
+    if dist_url not in (None, "auto"):
+        return str(dist_url)
+    if num_machines > 1:
+        raise ConfigError(
+            "Several machines need an address to meet at: pass --dist-url tcp://HOST:PORT, or "
+            "start each with torchrun."
+        )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"

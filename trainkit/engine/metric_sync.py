@@ -1,5 +1,6 @@
 """How ranks bring their metrics together: one matrix of iterations and names, never pickled."""
 
+import itertools
 import json
 import math
 import zlib
@@ -10,7 +11,8 @@ import torch
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
-# What is not finite in a step that must not be saved; names may have a prefix.
+# What must be finite in a step; names may have a prefix. The gradient's norm is the same on all
+# ranks, so that it names the one to blame only if no rank's own loss does.
 _HEALTH = ("total_loss", "grad_norm")
 
 Rows = dict[int, dict[str, float]]
@@ -90,9 +92,9 @@ def raise_if_not_finite(tables: list[Rows]) -> None:
         FloatingPointError: The same on every rank, with iteration, rank and all values.
     """
     for iteration in sorted({i for table in tables for i in table}):
-        for rank, table in enumerate(tables):
+        for suffix, (rank, table) in itertools.product(_HEALTH, enumerate(tables)):
             values = table.get(iteration, {})
-            health = [v for name, v in values.items() if name.endswith(_HEALTH)]
+            health = [v for name, v in values.items() if name.endswith(suffix)]
             if not all(math.isfinite(value) for value in health):
                 listed = ", ".join(f"{name}={value:g}" for name, value in values.items())
                 raise FloatingPointError(

@@ -31,8 +31,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     device = resolve_device(cfg.MODEL.DEVICE)
     model = _build(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), cfg).to(device)
     if cfg.MODEL.CHANNELS_LAST:
-        # Module.to converts all weights with four dimensions; its annotations leave that out.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not annotated
     return model
 
 

@@ -132,20 +132,14 @@ def get_default_optimizer_params(
     Raises:
         ConfigError: If a factor is given without `base_lr`, or "bias" is set in two ways.
     """
-    bias = _given(weight_decay=weight_decay_bias)
-    if bias_lr_factor not in (None, 1.0) or lr_factor_func is not None:
-        if base_lr is None:
-            raise ConfigError(
-                "bias_lr_factor and lr_factor_func multiply base_lr: give base_lr as well."
-            )
-        if bias_lr_factor not in (None, 1.0):
-            bias["lr"] = base_lr * bias_lr_factor
-    if bias and overrides and "bias" in overrides:
+    bias_lr_factor = None if bias_lr_factor == 1.0 else bias_lr_factor
+    if base_lr is None and (bias_lr_factor is not None or lr_factor_func is not None):
         raise ConfigError(
-            f"overrides set 'bias' to {dict(overrides['bias'])}, and bias_lr_factor or "
-            f"weight_decay_bias set it to {bias}. Use one of the two ways."
+            "bias_lr_factor and lr_factor_func multiply base_lr: give base_lr as well."
         )
-    by_name = {**(overrides or {}), **({"bias": bias} if bias else {})}
+    bias_lr = None if base_lr is None or bias_lr_factor is None else base_lr * bias_lr_factor
+    bias = _given(lr=bias_lr, weight_decay=weight_decay_bias)
+    by_name = _with_bias(overrides or {}, bias)
     groups = []
     for module, module_name, name, param in _trainable_parameters(model):
         settings = _given(lr=base_lr, weight_decay=weight_decay)
@@ -155,6 +149,17 @@ def get_default_optimizer_params(
             settings["lr"] *= lr_factor_func(f"{module_name}.{name}".lstrip("."))
         groups.append({"params": [param], **settings, **by_name.get(name, {})})
     return reduce_param_groups(groups)
+
+
+def _with_bias(
+    overrides: Mapping[str, Mapping[str, Any]], bias: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    if bias and "bias" in overrides:
+        raise ConfigError(
+            f"overrides set 'bias' to {dict(overrides['bias'])}, and bias_lr_factor or "
+            f"weight_decay_bias set it to {dict(bias)}. Use one of the two ways."
+        )
+    return {**overrides, "bias": bias} if bias else dict(overrides)
 
 
 def _given(**settings: float | None) -> dict[str, Any]:

@@ -155,9 +155,7 @@ def test_no_checkpoint_holds_a_bad_step(trainer: SimpleTrainer, tmp_path: Path) 
             trainer.storage.put_scalar("total_loss", math.nan, cur_iter=3)
 
     checkpointer = checkpointer_of(trainer, tmp_path)
-    trainer.register_hooks(
-        [CallbackHook(after_step=poison), PeriodicCheckpointer(checkpointer, 2)]
-    )
+    trainer.register_hooks([CallbackHook(after_step=poison), PeriodicCheckpointer(checkpointer, 2)])
     with pytest.raises(FloatingPointError, match="Iteration 3"):
         trainer.train(0, 10)
     assert saved(tmp_path) == ["model_0000001"]

@@ -34,7 +34,9 @@ def timed_loop(loop: Any, clock: Clock, **kwargs: Any) -> Any:
             clock.advance(10.0 if self.iter - self.start_iter < 2 else 2.0)
 
     trainer = Timed()
-    slow = CallbackHook(before_step=lambda t: clock.advance(0), after_step=lambda t: clock.advance(5))
+    slow = CallbackHook(
+        before_step=lambda t: clock.advance(0), after_step=lambda t: clock.advance(5)
+    )
     trainer.register_hooks([slow, IterationTimer(**kwargs)])
     return trainer
 

@@ -165,7 +165,9 @@ def test_checkpoint_flushes_what_was_written(
     new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[object] = []
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.flush", flushed.append)
+    monkeypatch.setattr(
+        "torch.utils.tensorboard.SummaryWriter.flush", lambda self: flushed.append(self)
+    )
     run(new_writer(), EventStorage(), range(12), save_before=11)
     assert len(flushed) == 1
 

@@ -25,6 +25,12 @@ class PeriodicWriter(HookBase):
         self._writers = list(writers)
         self._period = period
 
+    def before_train(self) -> None:
+        """Forgets what an earlier run of this trainer wrote, if this one starts anew."""
+        if self.trainer.start_iter == 0:
+            for writer in self._writers:
+                writer.reset()
+
     def after_step(self) -> None:
         """Writes if it is due, and after the last step."""
         trainer = self.trainer

@@ -31,6 +31,12 @@ class JSONWriter(EventWriter):
         self._path = Path(json_file)
         self._file: BinaryIO | None = None
         self._new_values = NewValues(window_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Takes the file for an earlier run's, to be set aside when this one writes."""
+        self.close()
+        self._new_values.reset()
         # The records of the last write, which late values of the same iterations join, and where
         # their lines start in the file.
         self._tail: dict[int, dict[str, float | None]] = {}

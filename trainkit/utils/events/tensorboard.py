@@ -28,6 +28,10 @@ class TensorboardXWriter(EventWriter):
         self._new_values = NewValues(window_size)
         self._writer: Any = None
 
+    def reset(self) -> None:
+        """Takes nothing for written."""
+        self._new_values.reset()
+
     def write(self) -> None:
         """Writes the new scalars, and the images and histograms that wait.
 

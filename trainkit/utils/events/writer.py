@@ -23,6 +23,9 @@ class EventWriter:
     def close(self) -> None:
         """Writes nothing more; the next `write` opens again."""
 
+    def reset(self) -> None:
+        """Forgets what was written, because another run starts from its beginning."""
+
     def state_dict(self) -> dict[str, Any]:
         """Returns where the output stands, after making what was written durable."""
         return {}
@@ -43,6 +46,10 @@ class NewValues:
 
     def __init__(self, window_size: int) -> None:
         self._window_size = window_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Takes nothing for written."""
         self._written: dict[str, int] = {}
         self._start_iter: int | None = None
 

@@ -1,0 +1,485 @@
+"""A run's state is saved whole, resumed from the newest valid file, and never mixed."""
+
+import errno
+import gc
+import json
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.checkpoint.format import verify
+from trainkit.utils import file_io
+from trainkit.utils.errors import CheckpointError
+
+
+class Counter:
+    """Anything with a state."""
+
+    def __init__(self, value: Any = 0) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def build(folder: Path | str, value: float = 0, width: int = 2) -> Checkpointer:
+    """Returns a checkpointer of a model and a counter that hold one value everywhere."""
+    model = nn.Linear(2, width)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    return Checkpointer(model, folder, counter=Counter(value))
+
+
+def value_of(checkpointer: Checkpointer) -> float:
+    """Returns the one value that model and counter hold."""
+    weights = torch.cat([p.detach().flatten() for p in checkpointer.model.parameters()])
+    (value,) = {*weights.tolist(), float(checkpointer.checkpointables["counter"].value)}
+    return float(value)
+
+
+def save(folder: Path, name: str, value: float) -> Path:
+    build(folder, value).save(name, iteration=int(value))
+    return folder / f"{name}.pth"
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def resume(folder: Path) -> tuple[float, dict[str, Any]]:
+    checkpointer = build(folder)
+    extra = checkpointer.resume_or_load("", resume=True)
+    return value_of(checkpointer), extra
+
+
+def test_everything_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpointer = build(tmp_path / "new" / "folder", 3)
+    checkpointer.facts["optimizer"] = "fused"
+    with caplog.at_level(logging.INFO):
+        checkpointer.save("model_0000007", iteration=7, note=["x"])
+    path = tmp_path / "new" / "folder" / "model_0000007.pth"
+    assert f"Saved checkpoint to {path}" in caplog.text
+    assert (path.parent / "last_checkpoint").read_text() == path.name
+
+    resumed = build(path.parent)
+    extra = resumed.resume_or_load("ignored.pth", resume=True)
+    assert value_of(resumed) == 3
+    assert extra == {"iteration": 7, "note": ["x"]}
+    assert resumed.loaded_manifest is not None
+    assert resumed.loaded_manifest.iteration == 7
+    assert resumed.loaded_manifest.facts == {"optimizer": "fused"}
+
+
+def test_nothing_is_saved_without_a_folder_or_when_told_not_to(tmp_path: Path) -> None:
+    assert not Checkpointer(nn.Linear(1, 1)).save_untagged("a")
+    silent = Checkpointer(nn.Linear(1, 1), tmp_path / "x", save_to_disk=False)
+    silent.save("a")
+    silent.mark_finished(1)
+    silent.clear_finished()
+    silent.keep_newest("model", 1)
+    assert not (tmp_path / "x").exists()
+    assert not silent.has_checkpoint()
+
+
+def test_an_untagged_save_leaves_the_pointer_alone(tmp_path: Path) -> None:
+    save(tmp_path, "model_0000001", 1)
+    assert build(tmp_path, 2).save_untagged("model_best", iteration=2)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", "", "/a"])
+def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="give a file name, not a path"):
+        build(tmp_path).save(name)
+
+
+def test_partial_files_of_dead_runs_are_removed_by_the_next_save(tmp_path: Path) -> None:
+    for name in ("model_0000001", "other"):
+        (tmp_path / f".{name}.pth.tmp").write_bytes(b"partial")
+    save(tmp_path, "model_0000001", 1)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+
+
+def test_a_failed_save_is_not_logged_and_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "model_0000001", 1)
+
+    def failing(*args: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", failing)
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(CheckpointError, match="Input/output error"),
+    ):
+        save(tmp_path, "model_0000002", 2)
+    monkeypatch.undo()
+    assert "Saved checkpoint" not in caplog.text
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert resume(tmp_path)[0] == 1
+
+
+def test_a_pointer_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "last_checkpoint" / "in the way").mkdir(parents=True)
+    save(tmp_path, "model_0000001", 1)
+    assert "Cannot point to model_0000001.pth" in caplog.text
+    assert resume(tmp_path)[0] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match=r"file/run/a\.pth.*Set OUTPUT_DIR"):
+        build(tmp_path / "file" / "run").save("a")
+
+
+def test_what_would_not_load_is_refused_at_save_time(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(nn.Linear(1, 1), tmp_path, hook=Counter(np.float64(0.5)))
+    with pytest.raises(CheckpointError, match=r"hook\.value: numpy\.float64 .* use float\(x\)"):
+        checkpointer.save("a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_newer_save_wins_even_if_the_clock_went_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "b", 1)
+    monkeypatch.setattr("time.time_ns", lambda: 1000)
+    save(tmp_path, "a", 2)
+    assert resume(tmp_path)[0] == 2
+
+
+def test_the_newest_valid_one_is_used_and_what_is_skipped_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [save(tmp_path, f"model_{i:07d}", i) for i in range(1, 5)]
+    damage(paths[3])
+    paths[2].write_bytes(paths[2].read_bytes()[:-30])
+    assert resume(tmp_path) == (2, {"iteration": 2})
+    assert f"SKIPPING A CHECKPOINT. Checkpoint {paths[3]} is damaged: its bytes" in caplog.text
+    assert f"Checkpoint {paths[2]} is damaged: " in caplog.text
+    caplog.clear()
+    assert build(tmp_path).get_checkpoint_file() == str(paths[1])
+    assert f"Skipping the damaged checkpoint {paths[3]}: its bytes" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04"])
+def test_an_empty_or_foreign_newest_file_is_skipped(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path, "model_0000001", 1)
+    (tmp_path / "model_0000002.pth").write_bytes(content)
+    assert resume(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "pointer", [None, b"", b"\xff\0", b"gone.pth", b"../outside.pth", b"model_0000001.pth"]
+)
+def test_the_pointer_is_only_advice(tmp_path: Path, pointer: bytes | None) -> None:
+    folder = tmp_path / "run"
+    save(tmp_path, "outside", 9)
+    for value in (1, 2):
+        save(folder, f"model_{value:07d}", value)
+    (folder / "last_checkpoint").unlink()
+    if pointer is not None:
+        (folder / "last_checkpoint").write_bytes(pointer)
+    assert resume(folder)[0] == 2
+
+
+def test_a_file_that_verifies_but_does_not_load_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "model_0000001", 1)
+    newest = save(tmp_path, "model_0000002", 2)
+    load = torch.load
+
+    def failing(path: Any, **kwargs: Any) -> Any:
+        if Path(path) == newest:
+            raise EOFError("Ran out of input")
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(torch, "load", failing)
+    assert resume(tmp_path)[0] == 1
+    assert f"{newest} cannot be loaded: EOFError: Ran out of input" in caplog.text
+
+
+def test_a_run_does_not_silently_start_from_scratch(tmp_path: Path) -> None:
+    paths = [save(tmp_path, f"model_{i:07d}", i) for i in range(2)]
+    for path in paths:
+        damage(path)
+    checkpointer = build(tmp_path, 5)
+    assert checkpointer.has_checkpoint()
+    with pytest.raises(CheckpointError, match=r"No checkpoint .*, of 2, can be resumed") as raised:
+        checkpointer.resume_or_load("", resume=True)
+    assert all(str(path) in str(raised.value) for path in paths)
+    assert value_of(checkpointer) == 5
+    assert checkpointer.get_checkpoint_file() == ""
+
+
+def test_a_resume_with_another_model_changes_nothing(tmp_path: Path) -> None:
+    save(tmp_path, "model_0000001", 1)
+    newest = save(tmp_path, "model_0000002", 2)
+    checkpointer = build(tmp_path, 5, width=3)
+    with pytest.raises(CheckpointError) as raised:
+        checkpointer.resume_or_load("", resume=True)
+    text = str(raised.value)
+    assert f"{newest} is of another model" in text
+    assert "nothing was loaded" in text
+    assert "float32 (2, 2)" in text
+    assert "float32 (3, 2)" in text
+    assert "set MODEL.WEIGHTS to the file and start without --resume" in text
+    assert "another OUTPUT_DIR" in text
+    assert value_of(checkpointer) == 5
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2).half()]
+)
+def test_a_resume_is_strict_in_keys_and_dtypes(tmp_path: Path, model: nn.Module) -> None:
+    save(tmp_path, "model_0000001", 1)
+    with pytest.raises(CheckpointError, match="of another model"):
+        Checkpointer(model, tmp_path, counter=Counter()).resume_or_load("")
+
+
+def test_a_file_without_a_state_that_the_run_needs_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "model_0000001", 1)
+    Checkpointer(nn.Linear(2, 2), tmp_path).save("weights")
+    assert resume(tmp_path)[0] == 1
+    assert "weights.pth holds no state of counter" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ValueError("other groups"), KeyError("value")])
+def test_a_state_that_does_not_fit_is_explained(tmp_path: Path, error: Exception) -> None:
+    class Choosy(Counter):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise error
+
+    save(tmp_path, "a", 1)
+    checkpointer = Checkpointer(nn.Linear(2, 2), tmp_path, counter=Choosy())
+    kind = type(error).__name__
+    with pytest.raises(CheckpointError, match=rf"Cannot restore counter from .*a\.pth: {kind}: "):
+        checkpointer.resume_or_load("")
+
+
+def test_an_older_file_is_resumed_if_there_is_no_other(tmp_path: Path) -> None:
+    source = build(tmp_path, 4)
+    state = {"model": source.model.state_dict(), "counter": {"value": 4}, "iteration": 4}
+    torch.save(state, tmp_path / "old.pth")
+    checkpointer = build(tmp_path)
+    assert checkpointer.resume_or_load("") == {"iteration": 4}
+    assert value_of(checkpointer) == 4
+    assert checkpointer.loaded_manifest is None
+    save(tmp_path, "new", 1)
+    os.utime(tmp_path / "old.pth", (2**33, 2**33))
+    assert resume(tmp_path)[0] == 1
+
+
+def test_without_resume_only_weights_are_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, "model_0000001", 1)
+    checkpointer = build(tmp_path)
+    assert checkpointer.resume_or_load(str(path), resume=False)["counter"] == {"value": 1}
+    assert checkpointer.model.get_parameter("weight")[0, 0].item() == 1
+    assert checkpointer.checkpointables["counter"].value == 0
+
+
+def test_without_a_checkpoint_a_resume_loads_weights(tmp_path: Path) -> None:
+    path = save(tmp_path, "model_0000001", 1)
+    checkpointer = build(tmp_path / "empty")
+    checkpointer.resume_or_load(str(path), resume=True)
+    assert checkpointer.checkpointables["counter"].value == 0
+    assert checkpointer.model.get_parameter("bias")[0].item() == 1
+
+
+def test_weights_that_fit_in_part_are_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(3)}, tmp_path / "a.pth")
+    checkpointer = build("")
+    checkpointer.load(str(tmp_path / "a.pth"), checkpointables=[])
+    assert checkpointer.model.get_parameter("weight")[0, 0].item() == 1
+    assert checkpointer.model.get_parameter("bias")[0].item() == 0
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "bias   (3,)                 (2,)" in record.getMessage()
+
+
+def test_an_empty_path_loads_nothing() -> None:
+    assert build("", 5).load("") == {}
+
+
+def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
+    path = save(tmp_path, "model_final", 1)
+    with pytest.raises(CheckpointError, match=f"Did you mean '{path}'"):
+        build(tmp_path).load(str(tmp_path / "modle_final.pth"))
+
+
+def test_a_damaged_path_is_an_error(tmp_path: Path) -> None:
+    damage(save(tmp_path, "a", 1))
+    checkpointer = build(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged"):
+        checkpointer.load(str(tmp_path / "a.pth"))
+    assert value_of(checkpointer) == 5
+
+
+def test_other_places_are_read_through_the_path_manager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, "a", 1)
+    checkpointer = build("")
+    monkeypatch.setattr(
+        file_io.PathManager, "get_local_path", lambda name: str(tmp_path / Path(name).name)
+    )
+    checkpointer.load(f"store://bucket/{path.name}")
+    assert value_of(checkpointer) == 1
+
+
+def test_an_address_that_cannot_be_fetched_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(name: str) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(file_io.PathManager, "get_local_path", failing)
+    with pytest.raises(
+        CheckpointError, match=r"Cannot fetch checkpoint 'https://x/a\.pth': no route"
+    ):
+        build("").load("https://x/a.pth")
+
+
+def test_subclasses_may_read_other_formats_and_change_weights(tmp_path: Path) -> None:
+    class Scaled(Checkpointer):
+        def _load_file(self, f: str) -> dict[str, Any]:
+            return {
+                "model": {k: torch.tensor(v) for k, v in json.loads(Path(f).read_text()).items()}
+            }
+
+        def _load_model(self, checkpoint: Any) -> Any:
+            checkpoint["model"] = {k: v * 2 for k, v in checkpoint["model"].items()}
+            super()._load_model(checkpoint)
+
+    (tmp_path / "a.json").write_text('{"weight": [[1.0]], "bias": [1.0]}')
+    checkpointer = Scaled(nn.Linear(1, 1))
+    checkpointer.load(str(tmp_path / "a.json"))
+    assert checkpointer.model.get_parameter("weight").item() == 2
+
+
+def numbered(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.pth"))
+
+
+def test_only_the_newest_are_kept_and_other_names_stay(tmp_path: Path) -> None:
+    for name in ("model_final", "model_best", "other_0000001", "model_12"):
+        save(tmp_path, name, 0)
+    for i in range(5):
+        save(tmp_path, f"model_{i:07d}", i)
+    # A later save of an earlier iteration is the newer one.
+    save(tmp_path, "model_0000001", 1)
+    build(tmp_path).keep_newest("model", 2)
+    assert numbered(tmp_path) == [
+        *("model_0000001", "model_0000004"),
+        *("model_12", "model_best", "model_final", "other_0000001"),
+    ]
+
+
+def test_the_newest_valid_one_is_kept_when_newer_ones_are_damaged(tmp_path: Path) -> None:
+    for i in range(4):
+        save(tmp_path, f"model_{i:07d}", i)
+    for i in (2, 3):
+        damage(tmp_path / f"model_{i:07d}.pth")
+    build(tmp_path).keep_newest("model", 1)
+    assert numbered(tmp_path) == ["model_0000001", "model_0000003"]
+
+
+def test_what_this_process_saved_is_read_again_only_if_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def noting(path: Path) -> Any:
+        read.append(path.name)
+        return verify(path)
+
+    monkeypatch.setattr("trainkit.checkpoint.checkpointer.verify", noting)
+    checkpointer = build(tmp_path)
+    for i in range(3):
+        checkpointer.save(f"model_{i:07d}")
+    checkpointer.keep_newest("model", 2)
+    assert read == []
+    damage(tmp_path / "model_0000002.pth")
+    checkpointer.keep_newest("model", 1)
+    assert read == ["model_0000002.pth", "model_0000001.pth"]
+    assert numbered(tmp_path) == ["model_0000001", "model_0000002"]
+
+
+def test_a_checkpoint_is_deleted_by_name_or_path(tmp_path: Path) -> None:
+    checkpointer = build(tmp_path)
+    for name in ("a", "b", "c"):
+        checkpointer.save(name)
+    checkpointer.delete("a")
+    checkpointer.delete("b.pth")
+    checkpointer.delete(tmp_path / "c.pth")
+    checkpointer.delete("gone")
+    assert numbered(tmp_path) == []
+    with pytest.raises(ValueError, match="is not in"):
+        checkpointer.delete(tmp_path.parent / "a.pth")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.pth").mkdir()
+    build(tmp_path).delete("a")
+    assert f"Cannot delete the old checkpoint {tmp_path / 'a.pth'}" in caplog.text
+
+
+def test_the_end_of_a_run_is_marked_and_taken_back(tmp_path: Path) -> None:
+    checkpointer = build(tmp_path)
+    assert checkpointer.finished_iteration() is None
+    checkpointer.mark_finished(119)
+    assert json.loads((tmp_path / "finished.json").read_text()) == {"iteration": 119}
+    assert build(tmp_path).finished_iteration() == 119
+    checkpointer.clear_finished()
+    checkpointer.clear_finished()
+    assert checkpointer.finished_iteration() is None
+
+
+def test_a_wrapped_model_is_saved_without_its_wrapper(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    checkpointer = Checkpointer(nn.DataParallel(model), tmp_path)
+    assert checkpointer.model is model
+    checkpointer.save("a")
+    assert set(torch.load(tmp_path / "a.pth")["model"]) == {"weight", "bias"}
+
+
+def test_the_model_dies_by_reference_count_alone(tmp_path: Path) -> None:
+    checkpointer = build(tmp_path, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        checkpointer.save("a")
+        checkpointer.resume_or_load("")
+        damage(tmp_path / "a.pth")
+        with pytest.raises(CheckpointError):
+            checkpointer.resume_or_load("")
+        checkpointer.checkpointables["counter"].value = object()
+        with pytest.raises(CheckpointError):
+            checkpointer.save("b")
+        died = weakref.ref(checkpointer.model)
+        del checkpointer
+        assert died() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,345 @@
+"""Runs itself as a script that launches two processes again and again, and reports by JSON."""
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import trainkit
+from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.engine.exit_codes import exit_codes
+from trainkit.engine.hooks.callback import CallbackHook
+from trainkit.engine.hooks.checkpoint import PeriodicCheckpointer
+from trainkit.engine.hooks.evaluation import EvalHook
+from trainkit.engine.launch import launch
+from trainkit.engine.setup import create_ddp_model
+from trainkit.engine.train_loop import SimpleTrainer
+from trainkit.evaluation.testing import ResultsMismatchError
+from trainkit.utils import comm
+from trainkit.utils.errors import ConfigError, UnknownNameError
+
+
+def test_one_process_is_a_plain_call_with_its_result() -> None:
+    assert launch(lambda a, b: (a + b, dist.is_initialized()), args=(2, 3)) == (5, False)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 0), (-1, 1, 0), (1, 1, 1), (1, 2, -1), (2, 0, 0)])
+def test_numbers_that_do_not_go_together_are_an_error(numbers: tuple[int, int, int]) -> None:
+    text = rf"Cannot launch {numbers[0]} processes on machine {numbers[2]} of {numbers[1]}\."
+    with pytest.raises(ConfigError, match=text):
+        launch(lambda: None, *numbers)
+
+
+@pytest.mark.parametrize("url", [None, "auto"])
+def test_several_machines_need_an_address(url: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"pass --dist-url tcp://HOST:PORT, or start each with"):
+        launch(lambda: None, 1, num_machines=2, dist_url=url)
+
+
+@pytest.fixture
+def torchrun_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    for name, value in {**variables, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+@pytest.mark.usefixtures("torchrun_env")
+def test_torchruns_group_is_joined_and_left_again_and_again() -> None:
+    # The numbers given do not count.
+    for _ in range(2):
+        assert launch(lambda: (dist.is_initialized(), comm.get_world_size()), 8) == (True, 1)
+        assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("torchrun_env")
+def test_the_group_is_left_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError):
+        launch(lambda: 1 // 0)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("torchrun_env")
+def test_a_group_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ConfigError, match=r"could not meet the others at env://: .*MASTER_ADDR"):
+        launch(lambda: None)
+
+
+def run_script(folder: Path, case: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(trainkit.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, *launcher, __file__, str(folder), case],
+        env={**os.environ, "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # A group of its own, which a case may interrupt.
+        start_new_session=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("launch")
+    done = run_script(folder, "all")
+    assert done.returncode == 0, done.stderr
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_two_processes_know_each_other(reports: dict[str, Any]) -> None:
+    assert [reports[f"who-{rank}"] for rank in range(2)] == [[2, 0, 0, 2], [2, 1, 1, 2]]
+    assert reports["who"] == {"returned": None, "initialized": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["config_error", "unknown_name", "mismatch"])
+def test_a_users_error_in_one_process_is_raised_as_such(reports: dict[str, Any], case: str) -> None:
+    kinds = {"config_error": ConfigError, "unknown_name": UnknownNameError}
+    error = reports[case]
+    assert error["type"] == kinds.get(case, ResultsMismatchError).__name__
+    assert "of rank 1" in error["text"]
+    assert "__cause__" not in error
+
+
+@pytest.mark.slow
+def test_a_users_error_wins_over_what_it_does_to_the_other_process(reports: dict[str, Any]) -> None:
+    assert reports["waiting"] == {"type": "ConfigError", "text": "only rank 0 fails"}
+
+
+@pytest.mark.slow
+def test_any_other_error_keeps_the_processs_traceback(reports: dict[str, Any]) -> None:
+    assert reports["defect"]["type"] == "ProcessRaisedException"
+    assert "in defect" in reports["defect"]["text"]
+    assert "KeyError: 'of rank 1'" in reports["defect"]["text"]
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_stops_both_before_the_update(reports: dict[str, Any]) -> None:
+    for rank in range(2):
+        report = reports[f"nan-{rank}"]
+        assert report["error"].startswith("Iteration 3 on rank 1 is not finite: ")
+        assert report["iter"] == 3
+        assert report["weights"] == report["weights before"]
+    assert reports["nan-0"]["weights"] == reports["nan-1"]["weights"]
+
+
+@pytest.mark.slow
+def test_a_collective_hook_missing_on_one_rank_is_an_error_on_both(reports: dict[str, Any]) -> None:
+    assert [reports[f"missing_hook-{rank}"] for rank in range(2)] == [
+        "Hooks that communicate must be registered on every rank, but rank 0 has ['EvalHook'] and "
+        "rank 1 has []. Register them without asking for the rank; only rank 0 writes files.",
+        "Hooks that communicate must be registered on every rank, but rank 1 has [] and "
+        "rank 0 has ['EvalHook']. Register them without asking for the rank; only rank 0 writes "
+        "files.",
+    ]
+
+
+@pytest.mark.slow
+def test_metrics_are_means_over_the_ranks_and_data_time_the_largest(
+    reports: dict[str, Any],
+) -> None:
+    for rank in range(2):
+        report = reports[f"metrics-{rank}"]
+        assert report["rank"] == [[0.5, i] for i in range(5)]
+        assert report["only 1"] == [[7.0, i] for i in range(5)]
+    assert reports["metrics-0"]["data_time"] == reports["metrics-1"]["data_time"]
+    assert reports["metrics-0"]["loss"] == reports["metrics-1"]["loss"]
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_at_the_next_agreement(reports: dict[str, Any]) -> None:
+    for rank in range(2):
+        # Rank 1 asked in iteration 1; metrics come together every 4 iterations.
+        assert reports[f"stop-{rank}"] == {"iter": 4, "max_iter": 4, "interruption": None}
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "ctrl_c")
+    assert done.returncode == 130, done.stderr
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000003.pth"]
+
+
+@pytest.mark.slow
+def test_torchrun_is_recognised(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "who", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"who-{rank}.json").read_text()) for rank in range(2)]
+    assert found == [[2, 0, 0, 2], [2, 1, 1, 2]]
+
+
+# From here on: what the processes run.
+
+
+def report(folder: str, name: str, content: Any) -> None:
+    Path(folder, f"{name}.json").write_text(json.dumps(content), "utf-8")
+
+
+def who(folder: str) -> None:
+    numbers = [comm.get_world_size(), comm.get_rank(), comm.get_local_rank(), comm.get_local_size()]
+    report(folder, f"who-{comm.get_rank()}", numbers)
+
+
+def config_error(folder: str) -> None:
+    if comm.get_rank() == 1:
+        raise ConfigError("of rank 1")
+
+
+def unknown_name(folder: str) -> None:
+    if comm.get_rank() == 1:
+        raise UnknownNameError("model", "of rank 1", ["resnet"])
+
+
+def mismatch(folder: str) -> None:
+    if comm.get_rank() == 1:
+        raise ResultsMismatchError("of rank 1")
+
+
+def waiting(folder: str) -> None:
+    if comm.get_rank() == 0:
+        raise ConfigError("only rank 0 fails")
+    comm.synchronize()
+
+
+def defect(folder: str) -> None:
+    if comm.get_rank() == 1:
+        raise KeyError("of rank 1")
+
+
+class Net(nn.Module):
+    """Gives its rank as a metric, another metric on rank 1 only, and there a NaN in one step."""
+
+    def __init__(self, nan_at: int = -1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(2, 1)
+        self.nan_at = nan_at
+
+    def forward(self, batch: torch.Tensor) -> dict[str, Any]:
+        rank = comm.get_rank()
+        loss = self.linear(batch).square().mean()
+        self.nan_at -= 1
+        if self.nan_at == -1 and rank == 1:
+            loss = loss * math.nan
+        metrics = {"rank": float(rank)} | ({"only 1": 7.0} if rank == 1 else {})
+        return {"loss": loss, **metrics}
+
+
+def ddp_trainer(nan_at: int = -1) -> SimpleTrainer:
+    generator = torch.Generator().manual_seed(comm.get_rank())
+    model = create_ddp_model(Net(nan_at))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [torch.randn(3, 2, generator=generator) for _ in range(3)]
+    return SimpleTrainer(model, batches, optimizer, gather_metric_period=4)
+
+
+def weights(trainer: SimpleTrainer) -> list[float]:
+    return [float(w) for p in trainer.model.parameters() for w in p.detach().flatten()]
+
+
+def nan(folder: str) -> None:
+    logging.disable()
+    trainer = ddp_trainer(nan_at=3)
+    result: dict[str, Any] = {}
+
+    def keep(trainer: SimpleTrainer) -> None:
+        result["weights before"] = weights(trainer)
+
+    trainer.register_hooks([CallbackHook(before_step=keep)])
+    try:
+        trainer.train(0, 10)
+    except FloatingPointError as e:
+        result |= {"error": str(e), "iter": trainer.iter, "weights": weights(trainer)}
+    report(folder, f"nan-{comm.get_rank()}", result)
+
+
+def missing_hook(folder: str) -> None:
+    logging.disable()
+    trainer = ddp_trainer()
+    trainer.register_hooks([EvalHook(1, dict) if comm.get_rank() == 0 else None])
+    try:
+        trainer.train(0, 1)
+    except ConfigError as e:
+        report(folder, f"missing_hook-{comm.get_rank()}", str(e))
+
+
+def metrics(folder: str) -> None:
+    trainer = ddp_trainer()
+    trainer.train(0, 5)
+    names = ("rank", "only 1", "data_time", "loss")
+    content = {name: trainer.storage.history(name).values() for name in names}
+    report(folder, f"metrics-{comm.get_rank()}", content)
+
+
+def stop(folder: str) -> None:
+    trainer = ddp_trainer()
+
+    def ask(trainer: SimpleTrainer) -> None:
+        if trainer.iter == 1 and comm.get_rank() == 1:
+            trainer.request_stop("enough", finished=True)
+
+    trainer.register_hooks([CallbackHook(after_step=ask)])
+    trainer.train(0, 10)
+    names = ("iter", "max_iter", "interruption")
+    report(folder, f"stop-{comm.get_rank()}", {name: getattr(trainer, name) for name in names})
+
+
+def ctrl_c(folder: str) -> None:
+    trainer = ddp_trainer()
+
+    def press(trainer: SimpleTrainer) -> None:
+        comm.synchronize()
+        if trainer.iter == 1 and comm.get_rank() == 0:
+            os.killpg(os.getpgrp(), signal.SIGINT)
+
+    trainer.register_hooks(
+        [
+            CallbackHook(before_step=press),
+            PeriodicCheckpointer(Checkpointer(trainer.model, folder, trainer=trainer), 0),
+        ]
+    )
+    trainer.train(0, 1000)
+
+
+RAISING: list[Callable[[str], None]] = [config_error, unknown_name, mismatch, waiting, defect]
+TRAINING: list[Callable[[str], None]] = [nan, missing_hook, metrics, stop]
+
+
+def main(folder: str, case: str) -> None:
+    if case != "all":
+        with exit_codes():
+            launch(globals()[case], 2, args=(folder,))
+        return
+    returned = launch(who, 2, args=(folder,))
+    report(folder, "who", {"returned": returned, "initialized": dist.is_initialized()})
+    for function in RAISING:
+        try:
+            launch(function, 2, args=(folder,))
+        except Exception as e:
+            error = {"type": type(e).__name__, "text": str(e)}
+            report(folder, function.__name__, error)
+    for function in TRAINING:
+        launch(function, 2, args=(folder,))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
