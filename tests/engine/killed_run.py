@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def kill_in_call(name: str, place: str, trainer: KilledTrainer, *, after: bool =
 def small_cfg(output_dir: Path, opts: list[Any]) -> CfgNode:
     for name, split, size in (("tiny_train", "train", 500), ("tiny_test", "test", 120)):
         if name not in DatasetCatalog:
-            dataset = Subset(FashionMNIST(EMBEDDED_FOLDER, split), range(size))
-            DatasetCatalog.register(name, lambda dataset=dataset: dataset)
+            dataset = FashionMNIST(EMBEDDED_FOLDER, split)
+            DatasetCatalog.register(name, partial(Subset, dataset, range(size)))
     cfg = get_cfg()
     settings: list[Any] = ["DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_test",)]
     settings += ["MODEL.BACKBONE.WIDTHS", (4, 8), "MODEL.BACKBONE.BLOCKS", (0, 1)]

@@ -38,12 +38,14 @@ def make_cfg(tmp_path: Path) -> Iterator[MakeCfg]:
     def make(*opts: Any) -> CfgNode:
         cfg = get_cfg()
         cfg.merge_from_list(
-            ["DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_test",)]
-            + ["MODEL.BACKBONE.WIDTHS", (4,), "MODEL.BACKBONE.BLOCKS", (0,)]
-            + ["MODEL.NUM_CLASSES", 3, "MODEL.DEVICE", "cpu", "MODEL.DROPOUT", 0.2]
-            + ["SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 1]
-            + ["SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", 0, "SEED", 5]
-            + ["OUTPUT_DIR", str(tmp_path), "TEST.IMS_PER_BATCH", 5, *opts]
+            [
+                *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_test",)),
+                *("MODEL.BACKBONE.WIDTHS", (4,), "MODEL.BACKBONE.BLOCKS", (0,)),
+                *("MODEL.NUM_CLASSES", 3, "MODEL.DEVICE", "cpu", "MODEL.DROPOUT", 0.2),
+                *("SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 1),
+                *("SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
+                *("OUTPUT_DIR", str(tmp_path), "TEST.IMS_PER_BATCH", 5, *opts),
+            ]
         )
         cfg.freeze()
         return cfg

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from trainkit.engine.hook_base import (
-    AfterStepHooks,
     HookBase,
+    StepHooks,
     call_each,
     check_on_all_ranks,
     hook_keys,
@@ -133,18 +133,18 @@ def test_a_state_without_its_hook_is_dropped_and_named(caplog: pytest.LogCapture
 
 def test_pending_hooks_are_those_after_the_running_one() -> None:
     hooks = [Counter(), HookBase(), Counter(), Counter()]
-    after_step = AfterStepHooks(hooks)
-    assert after_step.pending() == []
-    after_step.running = "Counter#2"
-    assert after_step.pending() == ["Counter#3"]
-    after_step.run(["Counter#3", "Counter"])
+    step_hooks = StepHooks(hooks)
+    assert step_hooks.pending() == []
+    step_hooks.running = "Counter#2"
+    assert step_hooks.pending() == ["Counter#3"]
+    step_hooks.after_step(["Counter#3", "Counter"])
     assert [hook.count for hook in hooks if isinstance(hook, Counter)] == [1, 0, 1]
-    assert after_step.pending() == []
+    assert step_hooks.pending() == []
 
 
 def test_a_pending_hook_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        AfterStepHooks([Counter()]).run(["Drawer"])
+        StepHooks([Counter()]).after_step(["Drawer"])
     assert "The hook Drawer had yet to run" in caplog.text
 
 
@@ -156,9 +156,9 @@ def test_hooks_that_compare_equal_are_told_apart() -> None:
         def after_step(self) -> None:
             """Does nothing."""
 
-    after_step = AfterStepHooks([Same(), Same()])
-    after_step.running = hook_keys([Same(), Same()])[1]
-    assert after_step.pending() == []
+    step_hooks = StepHooks([Same(), Same()])
+    step_hooks.running = hook_keys([Same(), Same()])[1]
+    assert step_hooks.pending() == []
 
 
 def test_collective_hooks_must_be_the_same_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,12 @@ def test_the_first_bad_iteration_and_its_rank_are_named() -> None:
         raise_if_not_finite(tables)
 
 
+def test_the_rank_whose_loss_it_was_is_named_and_not_one_with_the_common_gradient() -> None:
+    bad, fine = {"grad_norm": math.nan, "total_loss": math.nan}, {"total_loss": 1.0}
+    with pytest.raises(FloatingPointError, match=r"Iteration 2 on rank 1 .*total_loss=nan"):
+        raise_if_not_finite([{2: {"grad_norm": math.nan, **fine}}, {2: bad}])
+
+
 @pytest.mark.parametrize("name", ["grad_norm", "total_loss", "val/total_loss"])
 def test_losses_and_gradient_norm_must_be_finite(name: str) -> None:
     with pytest.raises(FloatingPointError, match=f"Iteration 0 on rank 0 .*{name}=nan"):

@@ -37,7 +37,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tool:
         DatasetCatalog.register("nothing", list)
 
     def run(*args: Any, name: str = "train_net.py", config: str = "fashion_mnist.yaml") -> int:
-        settings = ["MODEL.BACKBONE.WIDTHS", "(4, 8)", "MODEL.BACKBONE.BLOCKS", "(0, 1)"]
+        settings: list[Any] = ["MODEL.BACKBONE.WIDTHS", "(4, 8)", "MODEL.BACKBONE.BLOCKS", "(0, 1)"]
         settings += ["DATASETS.TRAIN", "('tiny',)", "SOLVER.MAX_ITER", 6, "LOG_PERIOD", 2]
         settings += ["SOLVER.WARMUP_ITERS", 2, "DATALOADER.NUM_WORKERS", 0, "LIMIT_BATCHES", 6]
         settings += ["SOLVER.IMS_PER_BATCH", 12, "TEST.IMS_PER_BATCH", 20, "MODEL.DEVICE", "cpu"]

@@ -161,7 +161,7 @@ class DefaultTrainer(SimpleTrainer):
         if self._assigned_trainer is None:
             super().run_step()
         else:
-            for name in ("iter", "max_iter", "storage", "_after_backward_hooks"):
+            for name in ("iter", "max_iter", "storage", "_step_hooks"):
                 setattr(self._assigned_trainer, name, getattr(self, name))
             self._assigned_trainer.run_step()
 

@@ -162,22 +162,28 @@ def hook_keys(hooks: Sequence[HookBase]) -> list[str]:
     return keys
 
 
-class AfterStepHooks:
-    """The `after_step` of several hooks, in order: what a checkpoint cuts and a resume finishes.
+class StepHooks:
+    """The hooks that do something around a step: the loop calls no others.
+
+    What follows a step is known by keys, because a checkpoint cuts it and a resume finishes it.
 
     Args:
-        hooks: All hooks of a trainer; those that do nothing after a step are never called.
+        hooks: All hooks of a trainer, in order.
 
     Attributes:
+        before_step: Those with a `before_step`.
+        after_backward: Those with an `after_backward`.
         running: The key of the hook whose `after_step` is running, or None.
     """
 
     def __init__(self, hooks: Sequence[HookBase]) -> None:
+        self.before_step = overriding(hooks, "before_step")
+        self.after_backward = overriding(hooks, "after_backward")
         self.running: str | None = None
         keyed = zip(hook_keys(hooks), hooks, strict=True)
         self._hooks = {key: hook for key, hook in keyed if overriding([hook], "after_step")}
 
-    def run(self, keys: Iterable[str] | None = None) -> None:
+    def after_step(self, keys: Iterable[str] | None = None) -> None:
         """Calls `after_step` of all hooks, or of those with the given keys."""
         for key in self._hooks if keys is None else self._select(keys):
             self.running = key

@@ -13,13 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.engine.batch_stream import BatchStream
 from trainkit.engine.hook_base import (
-    AfterStepHooks,
     HookBase,
+    StepHooks,
     call_each,
     check_on_all_ranks,
     hooks_state_dict,
     load_hooks_state_dict,
-    overriding,
     priority_of,
 )
 from trainkit.engine.interrupt import interrupt_as_request
@@ -58,7 +57,7 @@ class TrainerBase:
         self.interruption: str | None = None
         self._hooks: list[HookBase] = []
         self._started_hooks: list[HookBase] = []
-        self._after_step_hooks = AfterStepHooks([])
+        self._step_hooks = StepHooks([])
         self._loaded: dict[str, Any] = {}
 
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
@@ -76,8 +75,7 @@ class TrainerBase:
         """
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
-        self.interruption = None
-        self._started_hooks = []
+        self.interruption, self._started_hooks = None, []
         with interrupt_as_request(self.request_stop), EventStorage(start_iter) as self.storage:
             try:
                 self._begin(max_iter)
@@ -89,11 +87,9 @@ class TrainerBase:
                     self.after_step()
                     self.iter += 1
             except BaseException as failure:
-                # Somewhere inside a step: there is nothing whole that a hook could save.
+                # Inside a step there is nothing whole to save; before the first, nothing to finish.
                 self.interruption = None
-                if self.iter == self.max_iter:
-                    # Before the first of no steps; to the hooks this would read as success.
-                    self.iter -= 1
+                self.iter = min(self.iter, self.max_iter - 1)
                 logger.exception("Exception during training, in iteration %d:", self.iter)
                 call_each([self.after_train], failure)
                 raise
@@ -105,9 +101,7 @@ class TrainerBase:
 
     def before_train(self) -> None:
         """Calls the hooks' `before_train`."""
-        self._before_step_hooks = overriding(self._hooks, "before_step")
-        self._after_backward_hooks = overriding(self._hooks, "after_backward")
-        self._after_step_hooks = AfterStepHooks(self._hooks)
+        self._step_hooks = StepHooks(self._hooks)
         for hook in self._hooks:
             hook.before_train()
             self._started_hooks.append(hook)
@@ -115,30 +109,26 @@ class TrainerBase:
     def after_train(self) -> None:
         """Calls `after_train` of every hook that was started, even when one of them raises."""
         self.storage.iter = self.iter
-        self._after_step_hooks.running = None
+        self._step_hooks.running = None
         call_each([hook.after_train for hook in self._started_hooks])
 
     def before_step(self) -> None:
         """Calls the hooks' `before_step`."""
         self.storage.iter = self.iter
-        for hook in self._before_step_hooks:
+        for hook in self._step_hooks.before_step:
             hook.before_step()
 
     def after_backward(self) -> None:
         """Calls the hooks' `after_backward`; a `run_step` of your own should call it too."""
-        for hook in self._after_backward_hooks:
+        for hook in self._step_hooks.after_backward:
             hook.after_backward()
 
     def after_step(self) -> None:
         """Calls the hooks' `after_step`."""
-        self._after_step_hooks.run()
+        self._step_hooks.after_step()
 
     def request_stop(self, reason: str, finished: bool = False) -> None:
-        """Ends the run after this step, for a reason that is logged.
-
-        A `finished` run has reached its aim: `max_iter` is lowered, and all that follows a success
-        follows. An interrupted one saves and leaves at once, and a resume continues it.
-        """
+        """Ends the run after this step: as a success with a lower `max_iter`, or to be resumed."""
         logger.info("Stopping in iteration %d: %s", self.iter, reason)
         if finished:
             self.max_iter = self.iter + 1
@@ -149,12 +139,10 @@ class TrainerBase:
         """Brings metrics and requests of all ranks together; this class has none."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the run stands, possibly inside a step; every rank calls it."""
-        is_cut = self._after_step_hooks.running is not None
+        """Returns where the run stands: the last update, and the hooks yet to run after it."""
         return {
-            # The last iteration whose update was made; the pending hooks have yet to run in it.
-            "iteration": self.iter if is_cut else self.iter - 1,
-            "pending": self._after_step_hooks.pending(),
+            "iteration": self.iter - 1 if self._step_hooks.running is None else self.iter,
+            "pending": self._step_hooks.pending(),
             "max_iter": self.max_iter,
             "planned_iter": self._planned_iter,
             "hooks": hooks_state_dict(self._hooks),
@@ -178,12 +166,10 @@ class TrainerBase:
             self.max_iter = self._loaded["max_iter"]
 
     def _finish_cut_step(self) -> None:
-        """Runs the hooks that a checkpoint inside a step was taken before."""
-        pending = self._loaded.get("pending", [])
-        # On an accelerator this is a second copy of the optimizer's state: not for the whole run.
-        self._loaded = {}
+        """Runs the hooks that a checkpoint was taken before, and frees the loaded state."""
+        pending, self._loaded = self._loaded.get("pending", []), {}
         self.iter = self.storage.iter = self.start_iter - 1
-        self._after_step_hooks.run(pending)
+        self._step_hooks.after_step(pending)
         self.iter = self.start_iter
 
 
@@ -299,14 +285,7 @@ class SimpleTrainer(TrainerBase):
 
     def _seed_generators(self, index: int = 0, tag: int = 0) -> None:
         if self.seed is not None:
-            seed_step(
-                self.seed,
-                rank=comm.get_rank(),
-                iteration=self.iter,
-                micro_batch=index,
-                device=self.device,
-                tag=tag,
-            )
+            seed_step(self.seed, comm.get_rank(), self.iter, index, self.device, tag)
 
     def _write_metrics(
         self,
@@ -397,15 +376,11 @@ class SimpleTrainer(TrainerBase):
 
 
 class AMPTrainer(SimpleTrainer):
-    """`SimpleTrainer` in mixed precision, with detectron2's argument.
+    """`SimpleTrainer` in mixed precision, which is given as a dtype, as in detectron2.
 
     Args:
-        model: As in `SimpleTrainer`.
-        data_loader: As in `SimpleTrainer`.
-        optimizer: As in `SimpleTrainer`.
-        gather_metric_period: As in `SimpleTrainer`.
+        model, data_loader, optimizer, gather_metric_period, kwargs: As in `SimpleTrainer`.
         precision: torch.bfloat16.
-        kwargs: Further arguments of `SimpleTrainer`.
     """
 
     def __init__(

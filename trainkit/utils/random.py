@@ -69,7 +69,7 @@ def seed_accelerator(seed: int, device: torch.device) -> None:
 
 
 def seed_step(
-    seed: int, *, rank: int, iteration: int, micro_batch: int, device: torch.device, tag: int = 0
+    seed: int, rank: int, iteration: int, micro_batch: int, device: torch.device, tag: int = 0
 ) -> None:
     """Seeds all generators that a step draws from, by what the step is.
 
