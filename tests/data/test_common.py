@@ -1,13 +1,17 @@
+import multiprocessing
+import os
 import random
+import select
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from trainkit.data.common import MAX_ATTEMPTS, MapDataset, SeededBatches
+from trainkit.data.common import MAX_ATTEMPTS, MapDataset, SeededBatches, worker_init_fn
 from trainkit.data.samplers.distributed_sampler import TrainingSampler
 from trainkit.data.samplers.order import EpochOrder
 from trainkit.utils.errors import ConfigError
@@ -143,3 +147,49 @@ def test_a_data_set_of_none_gives_up_with_the_position() -> None:
     with pytest.raises(ConfigError, match=r"None for sample 4 \(epoch 2, offset 3\)"):
         batches_of(MapDataset(range(10), reject)).fetch((4, 2, 3))
     assert len(calls) == MAX_ATTEMPTS
+
+
+class SlowToEnd(Dataset[int]):
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+def train_until_killed(start_method: str, pids: Any) -> None:
+    loader = DataLoader(
+        SlowToEnd(),
+        num_workers=2,
+        worker_init_fn=worker_init_fn(),
+        multiprocessing_context=start_method,
+    )
+    batches = iter(loader)
+    for _ in range(2):
+        pids.put(next(batches).item())
+    signal.pause()
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="pidfd_open is Linux's")
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_workers_end_with_a_killed_training_process(start_method: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    pids = context.SimpleQueue()
+    trainer = context.Process(target=train_until_killed, args=(start_method, pids))
+    trainer.start()
+    workers = [os.pidfd_open(pids.get()) for _ in range(2)]
+    os.kill(trainer.pid or 0, signal.SIGKILL)
+    trainer.join()
+    for worker in workers:
+        ended, _, _ = select.select([worker], [], [], 20)
+        assert ended, "the worker lives on"
+        os.close(worker)
+
+
+def test_workers_leave_interrupts_to_the_training_process() -> None:
+    loader = DataLoader(SlowToEnd(), num_workers=1, worker_init_fn=worker_init_fn())
+    batches = iter(loader)
+    worker = next(batches).item()
+    os.kill(worker, signal.SIGINT)
+    assert [next(batches).item() for _ in range(20)] == [worker] * 20

@@ -88,7 +88,7 @@ def run_script(folder: Path, case: str, *launcher: str) -> subprocess.CompletedP
         env={**os.environ, "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         # A group of its own, which a case may interrupt.
         start_new_session=True,
         check=False,

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, default_collate
 
 from trainkit.config.config import CfgNode
 from trainkit.data.catalog import DatasetCatalog
-from trainkit.data.common import MapDataset, SeededBatches, ignore_interrupt
+from trainkit.data.common import MapDataset, SeededBatches, worker_init_fn
 from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, InferenceSampler
 from trainkit.data.samplers.order import EndlessOrder, EpochSampler, Position, SampleKey
 from trainkit.data.transforms import (
@@ -133,7 +133,7 @@ class TrainLoader:
             pin_memory=self.pin_memory,
             # Without one, the seed of the workers would be drawn from the global generator.
             generator=torch.Generator(),
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=worker_init_fn(),
         )
 
     def _keys(self, start: Position, positions: deque[Position]) -> Iterator[list[SampleKey]]:
@@ -254,5 +254,5 @@ def build_test_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         generator=torch.Generator(),  # As in TrainLoader.
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=worker_init_fn(),
     )

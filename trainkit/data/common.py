@@ -1,6 +1,10 @@
 """Fetching: a sample and a batch as functions of the data set, the seed and the position."""
 
+import functools
+import os
+import select
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,15 +21,27 @@ MAX_ATTEMPTS = 100
 """Draws at one position before a data set that keeps returning None is given up."""
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Leaves Ctrl-C, which reaches every process of a terminal, to the process that trains.
+def worker_init_fn() -> Callable[[int], None]:
+    """Returns what a worker of this process calls first, with its number."""
+    return functools.partial(_tie_to, os.getpid())
 
-    It finishes its step and saves; a worker that ended at once would make that step fail.
 
-    Args:
-        worker: Number of the worker process; a `worker_init_fn` gets it.
+def _tie_to(trainer_pid: int, worker: int) -> None:
+    """Ties a worker to the process that trains: it outlives no kill, and ends at nothing less.
+
+    Ctrl-C reaches every process of a terminal. The training process finishes its step and saves; a
+    worker that ended at once would make that step fail.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "pidfd_open"):
+        # torch's workers watch for their parent, which is another process with a fork server.
+        descriptor = os.pidfd_open(trainer_pid)
+        threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
+
+
+def _end_with(process_descriptor: int) -> None:
+    select.select([process_descriptor], [], [])
+    os._exit(1)
 
 
 class MapDataset(Dataset[Any]):

@@ -1,5 +1,6 @@
 """`launch`: one function on several processes of this machine, or on torchrun's."""
 
+import atexit
 import datetime
 import logging
 import os
@@ -115,14 +116,21 @@ def _worker(
     os.environ["LOCAL_RANK"] = str(local_rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(num_local)
     rank = machine_rank * num_local + local_rank
+    exit_code = 0
     try:
         _run_in_group(main_func, args, dist_url, world_size, rank, timeout)
     except MESSAGE_ERRORS as e:
         errors.put(e)
-        sys.exit(1)
+        exit_code = 1
     except KeyboardInterrupt:
         # The launching process got it too, and raises it once all have left.
         logger.info("Rank %d leaves.", rank)
+    # Once DistributedDataParallel was used, gloo's threads outlive their group; one that asks for
+    # the interpreter while it is being torn down aborts the process. So it is not torn down.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _run_in_group(
