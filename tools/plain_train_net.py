@@ -7,6 +7,7 @@ fp32, and a resume starts at the step after the checkpoint.
 
 import argparse
 import logging
+import os
 from typing import Any
 
 import torch
@@ -34,12 +35,16 @@ logger = logging.getLogger("trainkit")
 
 
 def evaluate(cfg: CfgNode, model: torch.nn.Module) -> dict[str, Any]:
-    """Judges the model on the first test data set."""
-    name = cfg.DATASETS.TEST[0]
-    evaluator = ClassificationEvaluator(MetadataCatalog.get(name).classes)
-    results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
-    print_csv_format(results)
-    return results
+    """Judges the model on every test data set; the results are by data set if there are several."""
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        evaluator = ClassificationEvaluator(MetadataCatalog.get(name).classes)
+        results[name] = inference_on_dataset(
+            model, build_test_loader(cfg, name), evaluator, limit_batches=cfg.LIMIT_BATCHES or None
+        )
+        logger.info("Results on %s:", name)
+        print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
 
 
 def train(cfg: CfgNode, model: torch.nn.Module, resume: bool) -> None:
@@ -54,8 +59,11 @@ def train(cfg: CfgNode, model: torch.nn.Module, resume: bool) -> None:
     checkpointer = Checkpointer(
         model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler, data=data_loader
     )
+    # Weights from another run come with its iteration too, which is not this run's.
+    resumed = resume and checkpointer.has_checkpoint()
     extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    start_iter, max_iter = extra.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
+    start_iter = extra.get("iteration", -1) + 1 if resumed else 0
+    max_iter = min(cfg.SOLVER.MAX_ITER, cfg.LIMIT_BATCHES or cfg.SOLVER.MAX_ITER)
     periodic_checkpointer = PeriodicCheckpointer(
         checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_iter, cfg.CHECKPOINT.MAX_TO_KEEP or None
     )
@@ -99,11 +107,14 @@ def main(args: argparse.Namespace) -> None:
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    if cfg.SEED < 0 or cfg.SOLVER.ACCUMULATE != 1 or cfg.SOLVER.PRECISION != "fp32":
+    world_size = max(args.num_gpus * args.num_machines, int(os.environ.get("WORLD_SIZE", "1")))
+    is_fp32 = cfg.SOLVER.PRECISION == "fp32"
+    if world_size > 1 or cfg.SEED < 0 or cfg.SOLVER.ACCUMULATE != 1 or not is_fp32:
         raise ConfigError(
-            f"The flat loop has SEED {cfg.SEED}, SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} and "
-            f"SOLVER.PRECISION {cfg.SOLVER.PRECISION}, but it needs a SEED of at least 0, no "
-            "accumulation and fp32. Use tools/train_net.py for the rest."
+            f"The flat loop has {world_size} process(es), SEED {cfg.SEED}, SOLVER.ACCUMULATE "
+            f"{cfg.SOLVER.ACCUMULATE} and SOLVER.PRECISION {cfg.SOLVER.PRECISION}, but it needs "
+            "one process, a SEED of at least 0, no accumulation and fp32. Use tools/train_net.py "
+            "for the rest."
         )
     cfg.freeze()
     default_setup(cfg, args)

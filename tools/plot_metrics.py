@@ -23,6 +23,11 @@ Run = dict[str, list[tuple[int, float]]]
 """The points (iteration, value) of every metric; a value that is not finite is NaN, a gap."""
 
 LINE_STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "x", "^", "+")
+# A legend of more curves would cover them, and stands beside its chart.
+MAX_LEGEND_INSIDE = 4
+# As many as a chart is high.
+MAX_LEGEND_ROWS = 15
 # A breakdown by class of more curves is drawn only when --keys asks for it.
 MAX_CLASS_CURVES = 20
 # A curve of so few points shows where they are.
@@ -137,33 +142,66 @@ def group_into_panels(keys: list[str], runs: list[Run], max_class_curves: int) -
     ]
 
 
-def draw_panel(ax: "Axes", panel: Panel, runs: dict[str, Run]) -> None:
-    """Draws one chart; color tells runs apart if there are several, else metrics."""
-    alone = len(panel.keys) == 1
+def draw_curves(ax: "Axes", panel: Panel, runs: dict[str, Run]) -> None:
+    """Draws the curves of one chart; color tells runs apart if there are several, else metrics."""
     color_by_run = len(runs) > 1 and len(panel.keys) <= len(LINE_STYLES)
     for row, (name, run) in enumerate(runs.items()):
         for column, key in enumerate(panel.keys):
             if key not in run:
                 continue
-            color, style = (row, column) if color_by_run else (column, row + column // 10)
+            # Equal runs stay visible through each other: style and marker change with the run.
+            style = row + (column if color_by_run else column // 10)
             metric = key.removeprefix(panel.prefix)
+            label = metric if len(runs) == 1 else f"{name}: {metric}"
             iterations, values = zip(*run[key], strict=True)
             ax.plot(
                 iterations,
                 values,
-                color=f"C{color % 10}",
+                color=f"C{(row if color_by_run else column) % 10}",
+                alpha=0.8,
                 linestyle=LINE_STYLES[style % len(LINE_STYLES)],
-                marker="o" if len(values) <= MAX_MARKERS else None,
-                markersize=3,
-                label=name if alone else metric if len(runs) == 1 else f"{name}: {metric}",
+                marker=MARKERS[row % len(MARKERS)] if len(values) <= MAX_MARKERS else None,
+                markersize=4,
+                label=name if len(panel.keys) == 1 else label,
             )
+
+
+def draw_panel(ax: "Axes", panel: Panel, runs: dict[str, Run]) -> None:
+    """Draws one chart; its iterations are those of the longest run, as in all other charts."""
+    draw_curves(ax, panel, runs)
+    last = max(i for run in runs.values() for points in run.values() for i, _ in points)
+    margin = 0.02 * max(last, 1)
+    ax.set_xlim(-margin, last + margin)
+    ax.locator_params(axis="x", integer=True)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    if ax.dataLim.y0 >= 0:
+        ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
+    alone = len(panel.keys) == 1
     ax.set_title(panel.title)
     ax.set_xlabel("iteration")
-    ax.set_ylabel(panel.keys[0].removeprefix(panel.prefix) if alone else "value")
+    ax.set_ylabel(
+        panel.keys[0].removeprefix(panel.prefix)
+        if alone
+        else panel.prefix[:-1] or panel.title.lower()
+    )
     ax.grid(alpha=0.3)
-    legend_title = next(iter(runs)) if len(runs) == 1 and not alone else None
     curves = len(ax.get_lines())
-    ax.legend(title=legend_title, fontsize="small", ncols=2 if curves > 6 else 1)
+    if curves > MAX_LEGEND_INSIDE:
+        columns = math.ceil(curves / MAX_LEGEND_ROWS)
+        ax.legend(fontsize="small", ncols=columns, loc="upper left", bbox_to_anchor=(1.02, 1))
+    elif len(runs) > 1 or not alone:
+        ax.legend(fontsize="small")
+
+
+def make_room_for_legends(figure: "Figure", columns: int) -> None:
+    """Widens the figure by the legends that stand beside their charts."""
+    widths = [0.0] * columns
+    for index, ax in enumerate(figure.axes):
+        legend = ax.get_legend()
+        if legend and len(ax.get_lines()) > MAX_LEGEND_INSIDE:
+            width = legend.get_window_extent().width / figure.dpi
+            widths[index % columns] = max(widths[index % columns], width)
+    figure.set_figwidth(figure.get_figwidth() + sum(widths))
 
 
 def draw(runs: dict[str, Run], panels: list[Panel]) -> "Figure":
@@ -187,6 +225,9 @@ def draw(runs: dict[str, Run], panels: list[Panel]) -> "Figure":
     FigureCanvasAgg(figure)
     for index, panel in enumerate(panels, 1):
         draw_panel(figure.add_subplot(rows, columns, index), panel, runs)
+    if len(runs) == 1:
+        figure.suptitle(next(iter(runs)))
+    make_room_for_legends(figure, columns)
     return figure
 
 

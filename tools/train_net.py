@@ -16,6 +16,7 @@ from trainkit.engine import (
     launch,
 )
 from trainkit.evaluation import verify_results
+from trainkit.utils.errors import ConfigError
 
 
 class Trainer(DefaultTrainer):
@@ -36,6 +37,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Runs on every process."""
     cfg = setup(args)
+    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
+        raise ConfigError("--eval-only needs weights: pass --resume, or set MODEL.WEIGHTS.")
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -171,6 +171,26 @@ def test_key_that_is_a_number_is_an_unknown_key(cfg: CfgNode, write_yaml: WriteY
         cfg.merge_from_file(write_yaml("a.yaml", "5: 6"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["SOLVER.MAX_ITER", "500", "--resume"],
+        ["--resume", "SOLVER.MAX_ITER", "500"],
+        ["SOLVER.MAX_ITER", "500", "--resume", "2"],
+        ["SOLVER.MAX_ITER", "--resume"],
+    ],
+)
+def test_option_among_the_settings_is_sent_before_them(cfg: CfgNode, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="Options such as --resume go before the settings"):
+        cfg.merge_from_list(words)
+    assert cfg.SOLVER.MAX_ITER == 100
+
+
+def test_negative_numbers_are_no_options(cfg: CfgNode) -> None:
+    cfg.merge_from_list(["SOLVER.MAX_ITER", "-5"])
+    assert cfg.SOLVER.MAX_ITER == -5
+
+
 def test_odd_list_names_its_last_word(cfg: CfgNode) -> None:
     with pytest.raises(ConfigError, match=r"3 words were given, the last one 'OUTPUT_DIR'"):
         cfg.merge_from_list(["SOLVER.MAX_ITER", "5", "OUTPUT_DIR"])

@@ -36,6 +36,27 @@ def test_crop_moves_the_image_over_all_places(image: torch.Tensor) -> None:
     assert all(place in seen for place in places.values())
 
 
+def test_crop_may_move_the_image_out_of_sight() -> None:
+    image = torch.arange(1, 1 + 4 * 6).reshape(1, 4, 6)
+    padded = torch.zeros(1, 24, 26, dtype=torch.int64)
+    padded[:, 10:14, 10:16] = image
+    places = {str(padded[:, y : y + 4, x : x + 6].tolist()) for y in range(21) for x in range(21)}
+    crop = RandomCrop(10)
+    seen = {str(crop(image).tolist()) for _ in range(2000)}
+    # 77 of the 441 places show some of the image; all others are the same zeros.
+    assert len(places) == 78
+    assert seen == places
+
+
+@pytest.mark.parametrize("padding", [0, 28, 29, 40, 1000])
+def test_crop_takes_any_padding(padding: int) -> None:
+    image = torch.ones(1, 28, 28, dtype=torch.uint8)
+    crop = RandomCrop(padding)
+    results = [crop(image) for _ in range(50)]
+    assert {(result.shape, result.dtype) for result in results} == {(image.shape, image.dtype)}
+    assert bool((results[0] == image).all()) == (padding == 0)
+
+
 def test_flip_mirrors_as_often_as_asked(image: torch.Tensor) -> None:
     mirrored = torch.flip(image, [2])
     assert torch.equal(RandomHorizontalFlip(1)(image), mirrored)

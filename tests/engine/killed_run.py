@@ -54,7 +54,7 @@ class KillingEvaluator(ClassificationEvaluator):
         self._trainer = trainer
         self._num_batches = 0
 
-    def process(self, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    def process(self, inputs: dict[str, torch.Tensor], outputs: Any) -> None:
         self._num_batches += 1
         if self._num_batches == 2 and self._trainer.kill == ("evaluation", self._trainer.iter):
             kill()

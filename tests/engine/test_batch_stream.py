@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from trainkit.data.build import TrainLoader
+from trainkit.data.samplers.distributed_sampler import TrainingSampler
 from trainkit.engine.batch_stream import BatchStream
+from trainkit.engine.train_loop import SimpleTrainer
 from trainkit.utils.errors import ConfigError
 
 
@@ -58,6 +62,20 @@ class Stateful:
         self.position = state["position"]
 
 
+class NoisyStateful(Stateful):
+    """Draws noise in this process, as torchdata's loader does without workers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (position + torch.rand(4, 3) for position in super().__iter__())
+
+
+class DrawnEndless:
+    """An endless sampler, whose seed is drawn when its first index is asked for."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from TrainingSampler(10, seed=int(torch.randint(1 << 30, ())))
+
+
 def with_generator() -> DataLoader[torch.Tensor]:
     return DataLoader(Noisy(), 3, shuffle=True, generator=torch.Generator().manual_seed(5))
 
@@ -67,6 +85,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "shuffled": lambda: DataLoader(Noisy(), 3, shuffle=True),
     "with a generator": with_generator,
     "drops the last": lambda: DataLoader(Noisy(), 3, shuffle=True, drop_last=True),
+    "endless": lambda: DataLoader(Noisy(), 3, sampler=TrainingSampler(10, seed=3)),
+    "endless with a drawn seed": lambda: DataLoader(Noisy(), 3, sampler=DrawnEndless()),
     "batched by the data set": lambda: DataLoader(Noisy(), batch_size=None, shuffle=True),
     "iterable": lambda: DataLoader(Counting(), 3),
     "a subclass": lambda: Doubling(Counting(), 3),
@@ -82,6 +102,19 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return len(found) == len(expected) and all(
         torch.equal(a, b) for a, b in zip(found, expected, strict=True)
     )
+
+
+class MeanOutput(nn.Linear):
+    """The loss is the mean of the output."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return super().forward(batch).mean()
+
+
+def trainer_on(loader: Any) -> SimpleTrainer:
+    model = MeanOutput(3, 1)
+    nn.init.ones_(model.weight)
+    return SimpleTrainer(model, loader, torch.optim.SGD(model.parameters(), 0.1), seed=7)
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 2, 3, 4, 5, 7, 8, 11])
@@ -122,8 +155,26 @@ def test_a_stateful_loader_resumes_by_its_own_state(caplog: pytest.LogCaptureFix
     resumed = BatchStream(Stateful())
     resumed.load_state_dict(stream.state_dict())
     assert next(resumed) == 4
-    assert not resumed.draws_global_randomness
     assert caplog.text == ""
+
+
+def test_only_a_loader_that_says_so_is_known_not_to_draw() -> None:
+    loader = TrainLoader(Noisy(), TrainingSampler(10, seed=0), 5, seed=0)
+    assert not BatchStream(loader).draws_global_randomness
+    assert BatchStream(Stateful()).draws_global_randomness
+    assert BatchStream([1, 2]).draws_global_randomness
+
+
+def test_a_seeded_run_with_a_stateful_loader_of_the_users_resumes_exactly() -> None:
+    unbroken, broken = trainer_on(NoisyStateful()), trainer_on(NoisyStateful())
+    unbroken.train(0, 6)
+    broken.train(0, 3)
+    torch.manual_seed(99)
+    resumed = trainer_on(NoisyStateful())
+    resumed.model.load_state_dict(broken.model.state_dict())
+    resumed.load_state_dict(broken.state_dict())
+    resumed.train(3, 6)
+    assert torch.equal(resumed.model.weight, unbroken.model.weight)  # type: ignore[arg-type]  # a Parameter
 
 
 def test_what_a_plain_loader_cannot_restore_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from trainkit.engine.hook_base import (
     load_hooks_state_dict,
     overriding,
     priority_of,
+    warn_of_states,
 )
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError, UnknownNameError
@@ -125,21 +126,33 @@ def test_twin_hooks_keep_separate_states() -> None:
     assert (first.count, second.count) == (3, 5)
 
 
-def test_a_state_without_its_hook_is_dropped_and_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_without_its_hook_is_left_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    left = load_hooks_state_dict([HookBase()], {"Counter": {"count": 1}})
+    assert left == {"Counter": {"count": 1}}
     with caplog.at_level(logging.WARNING):
-        load_hooks_state_dict([HookBase()], {"Counter": {"count": 1}})
+        warn_of_states(left)
     assert "state of the hook Counter, which is not registered" in caplog.text
 
 
 def test_pending_hooks_are_those_after_the_running_one() -> None:
-    hooks = [Counter(), HookBase(), Counter(), Counter()]
-    step_hooks = StepHooks(hooks)
-    assert step_hooks.pending() == []
-    step_hooks.running = "Counter#2"
-    assert step_hooks.pending() == ["Counter#3"]
-    step_hooks.after_step(["Counter#3", "Counter"])
-    assert [hook.count for hook in hooks if isinstance(hook, Counter)] == [1, 0, 1]
-    assert step_hooks.pending() == []
+    seen: list[list[str]] = []
+
+    class Noting(HookBase):
+        __qualname__ = "Noting"
+
+        def after_step(self) -> None:
+            seen.append(step_hooks.pending)
+
+    step_hooks = StepHooks([Noting(), HookBase(), Noting(), Noting()])
+    assert step_hooks.pending == []
+    step_hooks.begin()
+    assert step_hooks.pending == ["Noting", "Noting#2", "Noting#3"]
+    step_hooks.after_step()
+    assert seen == [["Noting#2", "Noting#3"], ["Noting#3"], []]
+    assert step_hooks.pending == []
+    seen.clear()
+    step_hooks.after_step(["Noting#3", "Noting"])
+    assert seen == [["Noting#3"], []]
 
 
 def test_a_pending_hook_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -154,11 +167,12 @@ def test_hooks_that_compare_equal_are_told_apart() -> None:
         name: str = "x"
 
         def after_step(self) -> None:
-            """Does nothing."""
+            self.name = "ran"
 
-    step_hooks = StepHooks([Same(), Same()])
-    step_hooks.running = hook_keys([Same(), Same()])[1]
-    assert step_hooks.pending() == []
+    first, second = Same(), Same()
+    step_hooks = StepHooks([first, second])
+    step_hooks.after_step([hook_keys([first, second])[1]])
+    assert (first.name, second.name) == ("x", "ran")
 
 
 def test_collective_hooks_must_be_the_same_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from trainkit.engine import interrupt
 from trainkit.engine.interrupt import interrupt_as_request
 
 
@@ -27,11 +28,19 @@ def test_the_first_ctrl_c_is_a_request_and_raises_after_the_block() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_second_ctrl_c_interrupts_at_once() -> None:
+def test_the_second_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "ONE_PRESS_SECONDS", 0.0)
     log: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         press_in_block(log, times=2)
     assert log == ["Ctrl-C"]
+
+
+def test_two_signals_of_one_press_are_one_request() -> None:
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        press_in_block(log, times=2)
+    assert log == ["Ctrl-C", "end"]
 
 
 def test_an_error_in_the_block_wins_over_the_interrupt() -> None:

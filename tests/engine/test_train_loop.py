@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trainkit.engine import interrupt
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.train_loop import TrainerBase
 
@@ -306,7 +307,10 @@ def test_ctrl_c_finishes_the_step_and_the_hooks(loop: Any, recorder: Any) -> Non
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_leaves_inside_the_step(loop: Any, recorder: Any) -> None:
+def test_a_second_ctrl_c_leaves_inside_the_step(
+    loop: Any, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "ONE_PRESS_SECONDS", 0.0)
     log: list[str] = []
     trainer = loop()
     trainer.register_hooks([CtrlC(at=2, times=2), recorder(log)])

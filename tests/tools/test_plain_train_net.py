@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from trainkit.engine import default_argument_parser
 from trainkit.modeling import ImageClassifier
+from trainkit.utils.errors import ConfigError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -35,6 +37,25 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(ImageClassifier, "forward", recording)
     return seen
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every batch of evaluation."""
+    sizes: list[int] = []
+    forward = ImageClassifier.forward
+
+    def recording(self: ImageClassifier, batch: dict[str, torch.Tensor]) -> Any:
+        if not self.training:
+            sizes.append(len(batch["image"]))
+        return forward(self, batch)
+
+    monkeypatch.setattr(ImageClassifier, "forward", recording)
+    return sizes
+
+
+def last_metrics(output_dir: Path) -> set[str]:
+    return set(json.loads((output_dir / "metrics.json").read_text().splitlines()[-1]))
 
 
 def arguments(output_dir: Path, *more: Any) -> Any:
@@ -76,3 +97,57 @@ def test_the_flat_loop_resumes_at_the_next_step(tmp_path: Path, losses: list[flo
     resumed.resume = True
     tool.main(resumed)
     assert losses == unbroken
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_weights_of_another_run_do_not_bring_its_iteration(
+    tmp_path: Path, losses: list[float], resume: bool
+) -> None:
+    tool = load_tool("plain_train_net")
+    tool.main(arguments(tmp_path / "old", "SOLVER.MAX_ITER", 5))
+    losses.clear()
+    weights = tmp_path / "old" / "model_final.pth"
+    args = arguments(tmp_path / "new", "SOLVER.MAX_ITER", 5, "MODEL.WEIGHTS", weights)
+    args.resume = resume
+    tool.main(args)
+    assert len(losses) == 5
+
+
+def test_limit_batches_limits_training_and_evaluation(
+    tmp_path: Path, losses: list[float], evaluated: list[int]
+) -> None:
+    more = ["LIMIT_BATCHES", 2, "TEST.IMS_PER_BATCH", 30]
+    load_tool("plain_train_net").main(arguments(tmp_path, *more))
+    assert len(losses) == 2
+    assert evaluated == [30, 30]
+
+
+def test_every_test_data_set_is_evaluated(tmp_path: Path, evaluated: list[int]) -> None:
+    names = ["fashion_mnist_small_test", "fashion_mnist_small_train"]
+    more = ["DATASETS.TEST", tuple(names), "LIMIT_BATCHES", 1, "TEST.IMS_PER_BATCH", 20]
+    load_tool("plain_train_net").main(arguments(tmp_path, *more))
+    assert evaluated == [20, 20]
+    assert {f"{name}/classification/top1" for name in names} <= last_metrics(tmp_path)
+
+
+def test_a_run_without_test_data_sets_evaluates_nothing(
+    tmp_path: Path, losses: list[float], evaluated: list[int]
+) -> None:
+    more = ["DATASETS.TEST", "()", "LIMIT_BATCHES", 2]
+    load_tool("plain_train_net").main(arguments(tmp_path, *more))
+    assert len(losses) == 2
+    assert evaluated == []
+    assert "total_loss" in last_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["num_gpus", "num_machines", "WORLD_SIZE"])
+def test_several_processes_are_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path)
+    if name == "WORLD_SIZE":
+        monkeypatch.setenv(name, "2")
+    else:
+        setattr(args, name, 2)
+    with pytest.raises(ConfigError, match=r"has 2 process.*Use tools/train_net.py"):
+        load_tool("plain_train_net").main(args)

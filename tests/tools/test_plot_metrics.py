@@ -9,6 +9,7 @@ import pytest
 
 from tools.plot_metrics import (
     Panel,
+    Run,
     choose_keys,
     draw,
     group_into_panels,
@@ -139,13 +140,56 @@ def test_every_chart_has_a_title_labels_and_the_names_of_the_runs() -> None:
     assert lr.get_legend() is not None
 
 
-def test_one_run_is_named_by_the_legends_title() -> None:
-    run = {"total_loss": [(0, 1.0)], "loss_cls": [(0, 0.5)]}
-    (ax,) = draw({"baseline": run}, [Panel("Loss", keys=["total_loss", "loss_cls"])]).axes
+def test_one_run_is_named_by_the_figures_title() -> None:
+    run = {"total_loss": [(0, 1.0)], "loss_cls": [(0, 0.5)], "lr": [(0, 0.1)]}
+    panels = [Panel("Loss", keys=["total_loss", "loss_cls"]), Panel("Learning rate", keys=["lr"])]
+    figure = draw({"baseline": run}, panels)
+    loss, lr = figure.axes
+    assert figure.get_suptitle() == "baseline"
+    assert [line.get_label() for line in loss.get_lines()] == ["total_loss", "loss_cls"]
+    assert loss.get_ylabel() == "loss"
+    assert lr.get_legend() is None
+
+
+def test_a_crowded_legend_stands_beside_its_chart() -> None:
+    keys = [f"val/AP-class {i}" for i in range(5)]
+    run: Run = {key: [(0, 0.2), (9, 0.5)] for key in keys}
+    panel = Panel("AP of each class", "val/AP-", by_class=True, keys=keys)
+    figure = draw({"baseline": run}, [panel])
+    figure.canvas.draw()
+    (ax,) = figure.axes
     legend = ax.get_legend()
     assert legend is not None
-    assert legend.get_title().get_text() == "baseline"
-    assert [text.get_text() for text in legend.get_texts()] == ["total_loss", "loss_cls"]
+    assert legend.get_window_extent().x0 >= ax.get_window_extent().x1
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+    assert (
+        figure.get_figwidth() > draw({"baseline": run}, [Panel("AP", keys=keys[:4])]).get_figwidth()
+    )
+    assert ax.get_ylabel() == "val/AP"
+
+
+def test_a_single_evaluation_shares_the_iterations_of_the_whole_run() -> None:
+    run: Run = {"lr": [(19, 0.1), (299, 0.0)], "val/top1": [(300, 0.8)]}
+    figure = draw({"baseline": run}, [Panel("lr", keys=["lr"]), Panel("val", keys=["val/top1"])])
+    lr, val = figure.axes
+    assert lr.get_xlim() == val.get_xlim() == pytest.approx((-6, 306))
+    assert all(tick == int(tick) for tick in val.get_xticks())
+    assert lr.get_ylim()[0] == 0
+
+
+def test_ticks_of_a_short_run_are_whole_iterations() -> None:
+    (ax,) = draw({"baseline": {"lr": [(0, 0.1), (2, 0.0)]}}, [Panel("lr", keys=["lr"])]).axes
+    assert all(tick == int(tick) for tick in ax.get_xticks())
+
+
+def test_equal_runs_differ_in_color_style_and_marker() -> None:
+    run: Run = {"total_loss": [(0, 1.0)], "loss_cls": [(0, 0.5)]}
+    (ax,) = draw({"a": run, "b": run}, [Panel("Loss", keys=list(run))]).axes
+    a, _, b, _ = ax.get_lines()
+    assert a.get_ydata() == b.get_ydata()
+    assert a.get_color() != b.get_color()
+    assert a.get_linestyle() != b.get_linestyle()
+    assert a.get_marker() != b.get_marker()
 
 
 def test_runs_are_named_by_their_folders_unless_those_are_equal(tmp_path: Path) -> None:

@@ -76,8 +76,15 @@ class CfgNode(_CfgNode):
         """Overwrites values with `[key, value, key, value, …]`, as a command line gives them.
 
         Raises:
-            ConfigError: If the list's length is odd, or a key or a value's type does not fit.
+            ConfigError: If the list's length is odd, an option such as --resume stands in it, or a
+                key or a value's type does not fit.
         """
+        option = next((x for x in cfg_list if isinstance(x, str) and x.startswith("--")), None)
+        if option is not None:
+            raise ConfigError(
+                f"{option} stands among the settings, which are pairs of KEY VALUE. Options such "
+                f"as {option} go before the settings."
+            )
         if len(cfg_list) % 2:
             raise ConfigError(
                 f"Settings come in pairs of KEY VALUE, but {len(cfg_list)} words were given, the "

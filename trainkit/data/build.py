@@ -57,6 +57,9 @@ class TrainLoader:
             micro-batches.
     """
 
+    isolates_randomness = True
+    """Iterating leaves the global generators as they were."""
+
     def __init__(
         self,
         dataset: Any,

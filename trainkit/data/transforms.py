@@ -19,7 +19,8 @@ class RandomCrop:
     """Crops the image, padded with zeros on all sides, back to its size at a random place.
 
     Args:
-        padding: Pixels added on each side; the image moves by at most as many.
+        padding: Pixels added on each side, at least 0; the image moves by at most as many, which
+            may be out of sight.
     """
 
     def __init__(self, padding: int) -> None:
@@ -29,6 +30,9 @@ class RandomCrop:
         """Returns a changed image of the same shape and dtype."""
         places = 2 * self.padding + 1
         x, y = (int(u * places) - self.padding for u in torch.rand(2).tolist())
+        height, width = image.shape[-2:]
+        # Moved by its whole size or more, the image is out of sight.
+        x, y = max(-width, min(x, width)), max(-height, min(y, height))
         # A negative padding crops: the image moves by (x, y), and zeros follow it.
         return F.pad(image, (x, -x, y, -y))
 

@@ -20,7 +20,8 @@ class BatchStream:
 
     A loader with `state_dict` and `load_state_dict` (trainkit's own, torchdata's) resumes by them.
     Any other resumes by passing over the batches of the epoch that were consumed; what that cannot
-    restore is said once.
+    restore is said once. A loader whose `isolates_randomness` is true leaves the global generators
+    as they are.
 
     Args:
         data_loader: Anything that can be iterated more than once.
@@ -36,8 +37,11 @@ class BatchStream:
 
     @property
     def draws_global_randomness(self) -> bool:
-        """Whether fetching may draw from the global generators."""
-        return not self._is_stateful
+        """Whether fetching may draw from the global generators: always, unless it is known not to.
+
+        A state says nothing about it: torchdata's loader has one and fetches in this process.
+        """
+        return not getattr(self._loader, "isolates_randomness", False)
 
     def __next__(self) -> Any:
         # Not by its truth, which asks an iterator for its length.
@@ -119,11 +123,14 @@ class BatchStream:
             next(islice(iterator, count, count), None)
             return iterator
         # An unbroken loader draws the seed of its workers before its sampler draws the order.
+        entries = iter(loader.batch_sampler)
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        # Now, for the same reason; and no further than that, for a sampler may never end.
+        next(islice(entries, count, count), None)
         return iter(
             DataLoader(
                 loader.dataset,
-                batch_sampler=list(islice(loader.batch_sampler, count, None)),
+                batch_sampler=entries,
                 num_workers=loader.num_workers,
                 collate_fn=loader.collate_fn,
                 pin_memory=loader.pin_memory,

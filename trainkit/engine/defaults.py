@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
-from trainkit.data.build import build_test_loader, build_train_loader
-from trainkit.data.catalog import MetadataCatalog
+from trainkit.data.build import TrainLoader, build_test_loader, build_train_loader
+from trainkit.data.catalog import DatasetCatalog, MetadataCatalog
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from trainkit.engine.hooks.evaluation import EvalHook
@@ -25,6 +26,7 @@ from trainkit.engine.setup import (
     default_argument_parser,
     default_setup,
     default_writers,
+    write_config,
 )
 from trainkit.engine.step_view import StepView
 from trainkit.engine.train_loop import SimpleTrainer
@@ -39,8 +41,9 @@ from trainkit.solver.build import (
 )
 from trainkit.solver.clip import build_grad_clipper
 from trainkit.utils import comm
-from trainkit.utils.device import autocast
+from trainkit.utils.device import autocast, resolve_device
 from trainkit.utils.env import seed_all_rng
+from trainkit.utils.errors import UnknownNameError
 from trainkit.utils.events.writer import EventWriter
 
 __all__ = [
@@ -71,12 +74,17 @@ class DefaultTrainer(SimpleTrainer):
 
     _assigned_trainer: SimpleTrainer | None = None
     _last_results: dict[str, Any]
+    _is_seed_drawn = False
 
     def __init__(self, cfg: CfgNode) -> None:
-        cfg = _with_seed(cfg)
+        check_cfg(cfg)
+        self._check_test_names(cfg)
+        self._is_seed_drawn = cfg.SEED < 0
+        if self._is_seed_drawn:
+            cfg = _with_seed(cfg, comm.shared_random_seed())
         # Every rank draws the same initial weights.
         seed_all_rng(cfg.SEED)
-        model = self.build_model(cfg)
+        model = self.build_model(cfg).to(resolve_device(cfg.MODEL.DEVICE))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         super().__init__(
@@ -92,7 +100,7 @@ class DefaultTrainer(SimpleTrainer):
         self.cfg = cfg
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.checkpointer.facts["optimizer"] = optimizer_implementation(optimizer)
+        self._note_implementation()
         self.max_iter = cfg.SOLVER.MAX_ITER
         if cfg.LIMIT_BATCHES > 0:
             self.max_iter = min(self.max_iter, cfg.LIMIT_BATCHES)
@@ -112,7 +120,7 @@ class DefaultTrainer(SimpleTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resume and has_checkpoint:
             self.start_iter = self.iter + 1
-            self._warn_if_other_optimizer()
+            self._note_implementation()
         elif has_checkpoint:
             logger.warning(
                 "OUTPUT_DIR %s holds checkpoints of an earlier run, which this run starts to "
@@ -139,7 +147,7 @@ class DefaultTrainer(SimpleTrainer):
         if start_iter > 0 and self._is_finished(start_iter, max_iter):
             logger.info(
                 "The run in %s is finished: it has done %d of %d iterations. To train longer, "
-                "raise SOLVER.MAX_ITER; to evaluate, pass --eval-only.",
+                "raise SOLVER.MAX_ITER; to evaluate, pass --resume --eval-only.",
                 self.cfg.OUTPUT_DIR,
                 start_iter,
                 max_iter,
@@ -147,6 +155,10 @@ class DefaultTrainer(SimpleTrainer):
             return {}
         self._last_results = {}
         self.checkpointer.clear_finished()
+        write_config(self.cfg)
+        if start_iter == 0 and self.checkpointer.has_checkpoint():
+            # Newer than all that an earlier run left: a resume does not take that for this run.
+            self.checkpointer.save("model_start", iteration=-1)
         super().train(start_iter, max_iter)
         if self.iter == self.max_iter and self.interruption is None:
             # Only now, on every rank: until here a resume has something left to do.
@@ -179,6 +191,8 @@ class DefaultTrainer(SimpleTrainer):
         for name in ("model", "optimizer", "data_loader", "_batches", "_metrics"):
             if hasattr(trainer, name):
                 setattr(self, name, getattr(trainer, name))
+        if trainer.seed is None:
+            trainer.seed = self.seed
         self._assigned_trainer = trainer
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -279,6 +293,10 @@ class DefaultTrainer(SimpleTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`, or one of detectron2's DefaultTrainer."""
+        if self._is_seed_drawn and state.get("seed") is not None:
+            self.cfg = _with_seed(self.cfg, state["seed"])
+            if isinstance(self.data_loader, TrainLoader):
+                self.data_loader.seed = state["seed"]
         super().load_state_dict({**state.get("_trainer", {}), **state})
 
     def _evaluate(self) -> dict[str, Any]:
@@ -299,11 +317,24 @@ class DefaultTrainer(SimpleTrainer):
         is_marked = self.checkpointer.finished_iteration() == start_iter - 1
         return start_iter > max_iter or (start_iter == max_iter and is_marked)
 
-    def _warn_if_other_optimizer(self) -> None:
+    @classmethod
+    def _check_test_names(cls, cfg: CfgNode) -> None:
+        """Finds an unknown test data set now, not at the first evaluation."""
+        overrides = cls.build_test_loader.__func__ is not DefaultTrainer.build_test_loader.__func__  # type: ignore[attr-defined]  # of a class method
+        for name in () if overrides else cfg.DATASETS.TEST:
+            if name not in DatasetCatalog:
+                raise UnknownNameError("data set (DATASETS.TEST)", name, DatasetCatalog.list())
+
+    def _note_implementation(self) -> None:
+        """Notes which implementation updates parameters; one that is not the checkpoint's is said.
+
+        Loading an optimizer's state brings the implementation with it, where this device has it.
+        """
+        now = optimizer_implementation(self.optimizer)
+        self.checkpointer.facts["optimizer"] = now
         manifest = self.checkpointer.loaded_manifest
-        saved = manifest.facts.get("optimizer") if manifest else None
-        now = self.checkpointer.facts.get("optimizer")
-        if saved is not None and saved != now:
+        saved = manifest.facts.get("optimizer", now) if manifest else now
+        if saved != now:
             logger.warning(
                 "The checkpoint was saved by a %s optimizer and goes on with a %s one: updates "
                 "differ in the last bits.",
@@ -312,15 +343,13 @@ class DefaultTrainer(SimpleTrainer):
             )
 
 
-def _with_seed(cfg: CfgNode) -> CfgNode:
-    if cfg.SEED >= 0:
-        return cfg
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     seeded = cfg.clone()
     seeded.defrost()
-    seeded.SEED = comm.shared_random_seed()
-    logger.info("SEED is %d: drawn %d, which checkpoints record.", cfg.SEED, seeded.SEED)
+    seeded.SEED = seed
     if cfg.is_frozen():
         seeded.freeze()
+    logger.info("The run has the seed %d.", seed)
     return seeded
 
 

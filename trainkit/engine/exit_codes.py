@@ -1,14 +1,14 @@
 """What a command-line tool prints and returns when a run ends in an error."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
 from trainkit.evaluation.testing import ResultsMismatchError
-from trainkit.utils import comm
 from trainkit.utils.errors import USER_ERRORS
 
-MESSAGE_ERRORS = (*USER_ERRORS, ResultsMismatchError)
+MESSAGE_ERRORS = (*USER_ERRORS, ResultsMismatchError, FloatingPointError)
 """Errors whose text says all; a traceback would hide it."""
 
 INTERRUPTED = 130
@@ -32,7 +32,8 @@ def exit_codes(debug: bool = False) -> Iterator[None]:
     except MESSAGE_ERRORS as e:
         if debug:
             raise
-        rank = f" on rank {comm.get_rank()}" if comm.get_world_size() > 1 else ""
+        # torchrun's; the process group is gone by now.
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"{type(e).__name__}{rank}: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.errors import USER_ERRORS, ConfigError, UnknownNameError
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,13 @@ def call_each(
         del first, failure
 
 
+def log_failure(iteration: int, failure: BaseException) -> None:
+    """Logs what ended a run, with a traceback unless its text says all."""
+    says_all = isinstance(failure, (*USER_ERRORS, KeyboardInterrupt))
+    log = logger.error if says_all else logger.exception
+    log("Training failed in iteration %d: %r", iteration, failure)
+
+
 def hook_keys(hooks: Sequence[HookBase]) -> list[str]:
     """Returns a name for each hook: its class's, numbered from the second of a class on."""
     keys: list[str] = []
@@ -171,31 +178,29 @@ class StepHooks:
         hooks: All hooks of a trainer, in order.
 
     Attributes:
-        before_step: Those with a `before_step`.
         after_backward: Those with an `after_backward`.
-        running: The key of the hook whose `after_step` is running, or None.
+        pending: The keys of those whose `after_step` has yet to be called in this step.
     """
 
     def __init__(self, hooks: Sequence[HookBase]) -> None:
-        self.before_step = overriding(hooks, "before_step")
+        self._before_step = overriding(hooks, "before_step")
         self.after_backward = overriding(hooks, "after_backward")
-        self.running: str | None = None
         keyed = zip(hook_keys(hooks), hooks, strict=True)
         self._hooks = {key: hook for key, hook in keyed if overriding([hook], "after_step")}
+        self._keys = list(self._hooks)
+        self.pending: list[str] = []
+
+    def begin(self) -> list[HookBase]:
+        """Begins a step, which every hook has yet to follow; returns those to call before it."""
+        self.pending = self._keys
+        return self._before_step
 
     def after_step(self, keys: Iterable[str] | None = None) -> None:
         """Calls `after_step` of all hooks, or of those with the given keys."""
-        for key in self._hooks if keys is None else self._select(keys):
-            self.running = key
+        keys = self._keys if keys is None else self._select(keys)
+        for number, key in enumerate(keys, start=1):
+            self.pending = keys[number:]
             self._hooks[key].after_step()
-        self.running = None
-
-    def pending(self) -> list[str]:
-        """Returns the keys of the hooks after the running one; none if no hook is running."""
-        if self.running is None:
-            return []
-        keys = list(self._hooks)
-        return keys[keys.index(self.running) + 1 :]
 
     def _select(self, keys: Iterable[str]) -> list[str]:
         wanted = set(keys)
@@ -226,14 +231,25 @@ def hooks_state_dict(hooks: Sequence[HookBase]) -> dict[str, Any]:
     return {key: state for key, state in states.items() if state}
 
 
-def load_hooks_state_dict(hooks: Sequence[HookBase], states: dict[str, Any]) -> None:
-    """Gives each hook its state back; says so where a state has no hook."""
+def load_hooks_state_dict(
+    hooks: Sequence[HookBase], states: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Gives each hook its state back, and returns the states that have no hook."""
     by_key = dict(zip(hook_keys(hooks), hooks, strict=True))
-    for key, state in states.items():
+    left = {}
+    for key, state in (states or {}).items():
         if key in by_key:
             by_key[key].load_state_dict(state)
         else:
-            logger.warning(
-                "The checkpoint holds a state of the hook %s, which is not registered: dropped.",
-                key,
-            )
+            left[key] = state
+    return left
+
+
+def warn_of_states(left: dict[str, Any]) -> None:
+    """Says which states of a checkpoint found no hook."""
+    for key in left:
+        logger.warning(
+            "The checkpoint holds a state of the hook %s, which is not registered: dropped. "
+            "Register the hook before train() to have it go on.",
+            key,
+        )

@@ -4,10 +4,14 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+ONE_PRESS_SECONDS = 0.3
+"""Signals this close are one Ctrl-C: a process gets a terminal's, and the launcher's copy of it."""
 
 
 @contextlib.contextmanager
@@ -26,19 +30,22 @@ def interrupt_as_request(request_stop: Callable[[str], None]) -> Iterator[None]:
     if not in_main_thread or previous is not signal.default_int_handler:
         yield
         return
-    interrupted = False
+    interrupted_at: float | None = None
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        logger.warning("Ctrl-C: stopping after this step. Press again to stop at once, unsaved.")
-        request_stop("Ctrl-C")
+        nonlocal interrupted_at
+        now = time.monotonic()
+        if interrupted_at is None:
+            interrupted_at = now
+            logger.warning("Ctrl-C: stopping after this step. Again stops at once, unsaved.")
+            request_stop("Ctrl-C")
+        elif now - interrupted_at > ONE_PRESS_SECONDS:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupted:
+    if interrupted_at is not None:
         raise KeyboardInterrupt

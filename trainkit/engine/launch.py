@@ -4,8 +4,10 @@ import atexit
 import datetime
 import logging
 import os
+import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,10 +91,13 @@ def _start_processes(count: int, worker_args: tuple[Any, ...]) -> None:
             if context.join():
                 break
         except KeyboardInterrupt:
-            # Ctrl-C reaches the processes as well; they finish their step and save.
             if interrupted:
                 raise
             interrupted = True
+            # They finish their step and save. A terminal's Ctrl-C reaches them without this too.
+            for process in context.processes:
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, signal.SIGINT)
         except ProcessException:
             # Whichever process failed first: the others then fail for want of it.
             if errors.empty():
@@ -120,6 +125,7 @@ def _worker(
     try:
         _run_in_group(main_func, args, dist_url, world_size, rank, timeout)
     except MESSAGE_ERRORS as e:
+        e.__notes__ = [*getattr(e, "__notes__", []), f"On rank {rank}:\n{traceback.format_exc()}"]
         errors.put(e)
         exit_code = 1
     except KeyboardInterrupt:

@@ -1,9 +1,13 @@
 """What a model returns in training, and how micro-batches add up to one batch."""
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.nested import batch_size
@@ -51,6 +55,23 @@ def micro_batch_weights(batches: Sequence[Any]) -> list[float]:
     if len(known) < len(batches):
         return [1 / len(batches)] * len(batches)
     return [size / sum(known) for size in known]
+
+
+def poisoned_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Returns a loss on the CPU so that, if it is not finite, neither are its gradients.
+
+    There every update is checked, by the norm of the reduced gradients, which all ranks know alike.
+    """
+    if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+        return loss * math.nan
+    return loss
+
+
+def reducing_gradients(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which only the last micro-batch's backward reduces over ranks."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def _describe(output: Any) -> str:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
 from trainkit.utils import comm
 from trainkit.utils.collect_env import collect_env_info
-from trainkit.utils.env import seed_all_rng
+from trainkit.utils.env import TORCH_VERSION, seed_all_rng
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.json_writer import JSONWriter
 from trainkit.utils.events.printer import CommonMetricPrinter
@@ -70,21 +71,30 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         args: What `default_argument_parser` parsed.
 
     Raises:
-        ConfigError: On every rank, if the output folder cannot be written.
+        ConfigError: On every rank, if a value is impossible or the folder cannot be written.
     """
+    check_cfg(cfg)
     comm.on_main(lambda: _make_writable(cfg.OUTPUT_DIR))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     logger.info("Rank %d of %d", comm.get_rank(), comm.get_world_size())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
     logger.info("Config:\n%s", cfg.dump())
-    if comm.is_main_process():
-        write_atomically(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+    # A run that is looked at, or goes on, keeps its config until training starts.
+    if not args.eval_only and not args.resume:
+        write_config(cfg)
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+
+
+def write_config(cfg: CfgNode) -> None:
+    """Writes `config.yaml` into the output folder, on rank 0."""
+    if comm.is_main_process():
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        write_atomically(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
@@ -100,13 +110,19 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
     return writers
 
 
-def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
+def create_ddp_model(
+    model: nn.Module, *, broadcast_buffers: bool = True, **kwargs: Any
+) -> nn.Module:
     """Wraps a model in DistributedDataParallel if there are several processes.
 
     Args:
         model: On its device.
+        broadcast_buffers: Whether each forward pass first gives all ranks rank 0's buffers.
         kwargs: Further arguments of DistributedDataParallel.
     """
+    # torch 2.13 renamed the argument.
+    name = "broadcast_buffers" if TORCH_VERSION < (2, 13) else "forward_sync_buffers"
+    kwargs = {name: broadcast_buffers, **kwargs}
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device

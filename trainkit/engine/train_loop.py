@@ -1,15 +1,12 @@
 """The loop, shown as the loop: `TrainerBase`, and `SimpleTrainer`'s step."""
 
-import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.engine.batch_stream import BatchStream
 from trainkit.engine.hook_base import (
@@ -19,11 +16,19 @@ from trainkit.engine.hook_base import (
     check_on_all_ranks,
     hooks_state_dict,
     load_hooks_state_dict,
+    log_failure,
     priority_of,
+    warn_of_states,
 )
 from trainkit.engine.interrupt import interrupt_as_request
-from trainkit.engine.losses import micro_batch_weights, parse_losses
+from trainkit.engine.losses import (
+    micro_batch_weights,
+    parse_losses,
+    poisoned_if_not_finite,
+    reducing_gradients,
+)
 from trainkit.engine.step_metrics import FINISH, StepMetrics
+from trainkit.solver.build import check_same_kind
 from trainkit.solver.clip import GradientClipper, total_grad_norm
 from trainkit.utils import comm
 from trainkit.utils.device import PRECISIONS, autocast
@@ -47,12 +52,12 @@ class TrainerBase:
     Attributes:
         iter: The current iteration, 0-based; `max_iter` after a run that came to its end.
         start_iter, max_iter: Where this run starts and ends.
-        storage: The metrics of the run.
-        interruption: Why the run leaves before its end, or None.
+        storage, interruption: The metrics; why the run leaves before its end, or None.
     """
 
     def __init__(self) -> None:
         self.iter = self.start_iter = self.max_iter = self._planned_iter = 0
+        self._last_update = -1
         self.storage = EventStorage()
         self.interruption: str | None = None
         self._hooks: list[HookBase] = []
@@ -73,24 +78,21 @@ class TrainerBase:
         What a step or a hook raises first reaches the caller, with later errors as its notes.
         Ctrl-C raises KeyboardInterrupt once the step is finished and the hooks have saved.
         """
-        logger.info("Starting training from iteration %d", start_iter)
-        self.iter = self.start_iter = start_iter
-        self.interruption, self._started_hooks = None, []
-        with interrupt_as_request(self.request_stop), EventStorage(start_iter) as self.storage:
+        self._begin(start_iter, max_iter)
+        with interrupt_as_request(self.request_stop), self.storage:
             try:
-                self._begin(max_iter)
                 self.before_train()
                 self._finish_cut_step()
                 while self.iter < self.max_iter and self.interruption is None:
                     self.before_step()
                     self.run_step()
+                    self._last_update = self.iter
                     self.after_step()
                     self.iter += 1
             except BaseException as failure:
                 # Inside a step there is nothing whole to save; before the first, nothing to finish.
-                self.interruption = None
-                self.iter = min(self.iter, self.max_iter - 1)
-                logger.exception("Exception during training, in iteration %d:", self.iter)
+                self.interruption, self.iter = None, min(self.iter, self.max_iter - 1)
+                log_failure(self.iter, failure)
                 call_each([self.after_train], failure)
                 raise
             self.after_train()
@@ -109,13 +111,12 @@ class TrainerBase:
     def after_train(self) -> None:
         """Calls `after_train` of every hook that was started, even when one of them raises."""
         self.storage.iter = self.iter
-        self._step_hooks.running = None
         call_each([hook.after_train for hook in self._started_hooks])
 
     def before_step(self) -> None:
         """Calls the hooks' `before_step`."""
         self.storage.iter = self.iter
-        for hook in self._step_hooks.before_step:
+        for hook in self._step_hooks.begin():
             hook.before_step()
 
     def after_backward(self) -> None:
@@ -131,7 +132,7 @@ class TrainerBase:
         """Ends the run after this step: as a success with a lower `max_iter`, or to be resumed."""
         logger.info("Stopping in iteration %d: %s", self.iter, reason)
         if finished:
-            self.max_iter = self.iter + 1
+            self.max_iter = min(self.max_iter, self.iter + 1)
         else:
             self.interruption = reason
 
@@ -141,8 +142,8 @@ class TrainerBase:
     def state_dict(self) -> dict[str, Any]:
         """Returns where the run stands: the last update, and the hooks yet to run after it."""
         return {
-            "iteration": self.iter - 1 if self._step_hooks.running is None else self.iter,
-            "pending": self._step_hooks.pending(),
+            "iteration": self._last_update,
+            "pending": self._step_hooks.pending if self._last_update == self.iter else [],
             "max_iter": self.max_iter,
             "planned_iter": self._planned_iter,
             "hooks": hooks_state_dict(self._hooks),
@@ -150,15 +151,19 @@ class TrainerBase:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back a `state_dict`; `train(iter + 1, …)` then goes on from the cut."""
-        self.iter = state["iteration"]
-        self._loaded = state
-        load_hooks_state_dict(self._hooks, state.get("hooks", {}))
+        """Takes back a `state_dict`, for later hooks too; go on with `train(iter + 1, …)`."""
+        self.iter = self._last_update = state["iteration"]
+        self._loaded = {**state, "hooks": load_hooks_state_dict(self._hooks, state.get("hooks"))}
 
-    def _begin(self, max_iter: int) -> None:
-        """Takes the loaded state, if this run goes on where that was cut."""
-        if self._loaded.get("iteration") != self.start_iter - 1:
+    def _begin(self, start_iter: int, max_iter: int) -> None:
+        """Starts from the loaded state, if this run goes on where that was cut."""
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.interruption, self._started_hooks, self._last_update = None, [], start_iter - 1
+        warn_of_states(load_hooks_state_dict(self._hooks, self._loaded.get("hooks")))
+        if self._loaded.get("iteration") != start_iter - 1:
             self._loaded = {}
+        self.storage = EventStorage(start_iter)
         self.storage.load_state_dict(self._loaded.get("storage", {}))
         self._planned_iter = self.max_iter = max_iter
         # A run that ended early stays at its end, unless it is now meant to be longer.
@@ -217,6 +222,7 @@ class SimpleTrainer(TrainerBase):
         self.seed = seed
         self._metrics = StepMetrics()
         self._stop_request: tuple[str, bool] | None = None
+        self._is_inside_update = False
         if model is None or data_loader is None or optimizer is None:
             return
         self.model = model.train()
@@ -235,6 +241,7 @@ class SimpleTrainer(TrainerBase):
 
     def run_step(self) -> None:
         """One optimizer step: batches, losses, backward, clip, update."""
+        self._is_inside_update = True
         start = time.perf_counter()
         batches = self._draw_batches()
         data_time = time.perf_counter() - start
@@ -242,9 +249,11 @@ class SimpleTrainer(TrainerBase):
         self.optimizer.zero_grad()
         loss_dict = self._forward_backward(batches)
         self.after_backward()
-        grad_norm = self.grad_clipper(self._parameters())
+        grad_norm = self.grad_clipper([p for g in self.optimizer.param_groups for p in g["params"]])
         self._write_metrics(loss_dict, data_time, grad_norm=grad_norm)
         self.optimizer.step()
+        self._is_inside_update = False
+        self._last_update = self.iter
 
     def move_batch(self, batch: Any) -> Any:
         """Returns a batch on the model's device; override it for batches of your own kind."""
@@ -260,28 +269,13 @@ class SimpleTrainer(TrainerBase):
         loss_dict: dict[str, torch.Tensor] = {}
         for index, weight in enumerate(micro_batch_weights(batches)):
             self._seed_generators(index)
-            with self._reducing_gradients(index == len(batches) - 1):
+            with reducing_gradients(self.model, index == len(batches) - 1):
                 with autocast(self.precision, self.device):
                     values, loss = parse_losses(self.model(self.move_batch(batches[index])))
-                (self._poisoned_if_not_finite(loss) * weight).backward()
+                (poisoned_if_not_finite(loss) * weight).backward()
             for name, value in {**values, "total_loss": loss}.items():
                 loss_dict[name] = value.detach() * weight + loss_dict.get(name, 0.0)
         return loss_dict
-
-    def _poisoned_if_not_finite(self, loss: torch.Tensor) -> torch.Tensor:
-        # On the CPU every update is checked, by the norm of the reduced gradients, which is the
-        # same on all ranks: a loss that is not finite must reach it even if its gradients are.
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            return loss * math.nan
-        return loss
-
-    def _reducing_gradients(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.model, DistributedDataParallel) and not is_last:
-            return self.model.no_sync()
-        return contextlib.nullcontext()
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _seed_generators(self, index: int = 0, tag: int = 0) -> None:
         if self.seed is not None:
@@ -331,13 +325,6 @@ class SimpleTrainer(TrainerBase):
         else:
             self._stop_request = (reason, finished)
 
-    def before_train(self) -> None:
-        """Calls the hooks' `before_train`, once all ranks have the hooks that communicate."""
-        self._metrics.since = self.start_iter - 1
-        self._stop_request = None
-        check_on_all_ranks(self._hooks)
-        super().before_train()
-
     def after_step(self) -> None:
         """Calls the hooks' `after_step`, with metrics of all ranks where they are due."""
         if is_due(self.iter, self.gather_metric_period) or self.iter + 1 >= self.max_iter:
@@ -351,6 +338,11 @@ class SimpleTrainer(TrainerBase):
             FloatingPointError: If a step since the last check was not finite, so that no
                 checkpoint holds its effects.
         """
+        if self._is_inside_update:
+            raise RuntimeError(
+                f"Inside the update of iteration {self.iter} there is no whole state to save. Save "
+                "in a hook's before_step or after_step."
+            )
         self.sync_metrics()
         state = super().state_dict()
         state["optimizer"] = self.optimizer.state_dict()
@@ -363,10 +355,18 @@ class SimpleTrainer(TrainerBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`, that of another world size included."""
         super().load_state_dict(state)
+        check_same_kind(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.seed = state.get("seed", self.seed)
         if "data" in state:
             self._batches.load_state_dict(state["data"][comm.get_rank() % len(state["data"])])
+
+    def _begin(self, start_iter: int, max_iter: int) -> None:
+        self._metrics.since = start_iter - 1
+        self._stop_request = None
+        self._is_inside_update = False
+        check_on_all_ranks(self._hooks)
+        super()._begin(start_iter, max_iter)
 
     def _finish_cut_step(self) -> None:
         # As late as possible: the hooks' before_train may draw random numbers.

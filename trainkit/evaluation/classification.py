@@ -44,17 +44,20 @@ class ClassificationEvaluator(DatasetEvaluator):
         """Sets all counts to 0."""
         self._counts = None
 
-    def process(self, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    def process(
+        self, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor] | torch.Tensor
+    ) -> None:
         """Counts one batch.
 
         Args:
             inputs: "label", int64 (N,), in [0, number of classes).
-            outputs: "logits", (N, number of classes), on the same device.
+            outputs: "logits", (N, number of classes), on the same device; or that tensor itself.
 
         Raises:
             ConfigError: If the model has another number of classes than the data set.
         """
-        labels, logits = inputs["label"], outputs["logits"]
+        labels = inputs["label"]
+        logits = outputs if isinstance(outputs, torch.Tensor) else outputs["logits"]
         if logits.shape[1] != len(self._classes):
             raise ConfigError(
                 f"The model has logits for {logits.shape[1]} classes, but the data set has "

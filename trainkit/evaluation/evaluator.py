@@ -5,7 +5,7 @@ import datetime
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -145,7 +145,16 @@ def inference_on_dataset(
         comm.raise_together(error)
         raise
     comm.raise_together(None)
-    return evaluator.evaluate() or {}
+    return _as_dict(evaluator.evaluate(), type(evaluator).__name__)
+
+
+def _as_dict(results: Any, evaluator: str) -> dict[str, Any]:
+    if results is not None and not isinstance(results, Mapping):
+        raise TypeError(
+            f"{evaluator}.evaluate() must return a dict of results by task or None, but returned "
+            f"{results!r}. Return it under names, as in {{'task': {{'top1': 0.9}}}}."
+        )
+    return dict(results or {})
 
 
 def _device_of(model: nn.Module) -> torch.device:

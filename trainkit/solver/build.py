@@ -14,7 +14,7 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 
 from trainkit.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler, multi_step_schedule
-from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
 
 NORM_MODULE_TYPES = (
     nn.BatchNorm1d,
@@ -91,6 +91,22 @@ def optimizer_implementation(optimizer: torch.optim.Optimizer) -> str:
     if all(group.get("fused") for group in groups):
         return "fused"
     return "foreach" if all(map(_is_foreach, groups)) else "for-loop"
+
+
+def check_same_kind(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Checks that an optimizer's state is of its kind, which torch finds out too late or never.
+
+    Raises:
+        CheckpointError: If one is of SGD's kind (momentum), the other of Adam's (betas).
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    for setting in ("momentum", "betas"):
+        if any(setting in group for group in own) != any(setting in group for group in saved):
+            raise CheckpointError(
+                f"The checkpoint's optimizer is not a {type(optimizer).__name__}: only one of the "
+                f"two has {setting!r}. Resume with the SOLVER.OPTIMIZER of the run, or take over "
+                "its weights alone, by MODEL.WEIGHTS in another OUTPUT_DIR."
+            )
 
 
 def _is_foreach(group: dict[str, Any]) -> bool:

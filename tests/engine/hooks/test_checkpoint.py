@@ -136,8 +136,17 @@ def test_a_failed_run_saves_nothing_more(trainer: SimpleTrainer, tmp_path: Path)
 def test_no_steps_save_nothing(trainer: SimpleTrainer, tmp_path: Path) -> None:
     checkpointer = checkpointer_of(trainer, tmp_path)
     trainer.register_hooks([PeriodicCheckpointer(checkpointer, 1)])
-    trainer.train(3, 3)
+    trainer.train(0, 0)
     assert saved(tmp_path) == []
+
+
+def test_a_run_killed_before_its_final_save_makes_up_for_it(
+    trainer: SimpleTrainer, tmp_path: Path
+) -> None:
+    checkpointer = checkpointer_of(trainer, tmp_path)
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer, 1)])
+    trainer.train(3, 3)
+    assert saved(tmp_path) == ["model_final"]
 
 
 def test_a_second_run_saves_its_end_again(trainer: SimpleTrainer, tmp_path: Path) -> None:

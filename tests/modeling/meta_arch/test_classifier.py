@@ -68,12 +68,24 @@ def test_a_missing_label_is_named_in_training_and_unneeded_otherwise() -> None:
     assert "logits" in make_classifier().eval()(batch)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("label", "reach"), [(6, "from 1 to 6"), (-1, "from -1 to 1")])
+def test_labels_beyond_the_classes_are_named(
+    label: int, reach: str, label_smoothing: float
+) -> None:
+    batch = {"image": torch.zeros(2, 2, 1, 1), "label": torch.tensor([1, label])}
+    error = rf"MODEL\.NUM_CLASSES is 2, so labels are in \[0, 2\), but .* reach {reach}\. Set"
+    with pytest.raises(ConfigError, match=error):
+        make_classifier(label_smoothing=label_smoothing)(batch)
+
+
 def test_normalization_is_not_part_of_the_weights() -> None:
     assert list(make_classifier().state_dict()) == ["head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [([1.0], [1.0, 1.0]), ([1.0], [0.0]), ([], []), ([1.0, 1.0], [1.0, -1.0])]
+    ("mean", "std"),
+    [([1.0], [1.0, 1.0]), ([1.0], [0.0]), ([], []), ([1.0, 1.0], [1.0, -1.0]), ([1.0], [math.nan])],
 )
 def test_channels_without_a_mean_and_a_positive_std_are_refused(
     mean: list[float], std: list[float]

@@ -59,11 +59,13 @@ class PeriodicCheckpointer(HookBase):
         """Saves a run that was interrupted, and one that was ended early after its last save."""
         trainer = self.trainer
         iteration = trainer.iter - 1
-        if iteration < trainer.start_iter or self._has_final:
+        if self._has_final or iteration < 0:
             return
         if trainer.interruption is not None:
-            self._periodic.save(f"{self._file_prefix}_{iteration:07d}", iteration=iteration)
+            if iteration >= trainer.start_iter:
+                self._periodic.save(f"{self._file_prefix}_{iteration:07d}", iteration=iteration)
         elif trainer.iter == trainer.max_iter:
+            # Also where an earlier process was killed between its last two saves.
             self._periodic.save(f"{self._file_prefix}_final", iteration=iteration)
 
 
@@ -123,7 +125,7 @@ class BestCheckpointer(HookBase):
         self._best_iter = state["best_iter"]
 
     def _save_if_best(self, iteration: int) -> None:
-        value = comm.on_main(self._fresh_value)
+        value = comm.on_main(lambda: self._fresh_value(iteration))
         if value is None or (self._best is not None and not self._is_better(value, self._best)):
             return
         logger.info(
@@ -137,7 +139,7 @@ class BestCheckpointer(HookBase):
         self._best, self._best_iter = value, iteration
         self._checkpointer.save_untagged(self._file_prefix, iteration=iteration)
 
-    def _fresh_value(self) -> float | None:
+    def _fresh_value(self, iteration: int) -> float | None:
         """Returns the metric if it was put after this very step and is finite."""
         storage = self.trainer.storage
         if self._metric not in storage.histories():
@@ -147,5 +149,6 @@ class BestCheckpointer(HookBase):
                 ", ".join(sorted(storage.histories())),
             )
             return None
-        value, iteration = storage.history(self._metric).last(1)[0]
-        return value if iteration == storage.iter and math.isfinite(value) else None
+        value, put_iter = storage.history(self._metric).last(1)[0]
+        # A hook may put the last one in after_step, or in after_train, where iter is one more.
+        return value if put_iter >= iteration and math.isfinite(value) else None

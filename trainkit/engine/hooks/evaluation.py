@@ -51,7 +51,7 @@ class EvalHook(HookBase):
         # What is not finite stops the run before an evaluation of it misleads anybody.
         self.trainer.sync_metrics()
         results = self._function()
-        if results:
+        if results is not None:
             for name, value in _numbers(results).items():
                 self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
         # A slow rank must not be taken for a hanging one in the next step's reduction.
@@ -64,6 +64,11 @@ def _numbers(results: dict[str, Any]) -> dict[str, float]:
     Raises:
         TypeError: If a result is not a number.
     """
+    if not isinstance(results, dict):
+        raise TypeError(
+            f"The evaluation function must return a dict of numbers or None, but returned "
+            f"{results!r}. Return it under a name, as in {{'accuracy': 0.9}}."
+        )
     numbers = {}
     for name, value in flatten_results_dict(results).items():
         try:

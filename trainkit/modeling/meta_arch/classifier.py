@@ -43,7 +43,8 @@ class ImageClassifier(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(pixel_mean) != len(pixel_std) or min(pixel_std, default=0.0) <= 0:
+        positive = all(std > 0 for std in pixel_std)
+        if not 0 < len(pixel_std) == len(pixel_mean) or not positive:
             raise ConfigError(
                 f"MODEL.PIXEL_MEAN is {list(pixel_mean)} and MODEL.PIXEL_STD is {list(pixel_std)}, "
                 "but both need one number for each channel, and the latter above 0."
@@ -82,7 +83,8 @@ class ImageClassifier(nn.Module):
             float32 (N, num_classes)}.
 
         Raises:
-            ConfigError: If "label" is missing in training.
+            ConfigError: If "label" is missing in training, or, found on the CPU only, has values
+                outside [0, num_classes).
         """
         image = (batch["image"] - self.pixel_mean) / self.pixel_std
         features = self.backbone(image).mean(dim=(2, 3))
@@ -94,5 +96,15 @@ class ImageClassifier(nn.Module):
                 f"ImageClassifier needs batch['label'] in training, but the batch has only "
                 f"{sorted(batch)}. Let the data set give labels, or call model.eval() to predict."
             )
-        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        return {"loss_cls": loss}
+        return {"loss_cls": self._cross_entropy(logits, batch["label"])}
+
+    def _cross_entropy(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        try:
+            return F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+        # Looking for such labels in each batch would make a GPU wait; there, its kernel fails.
+        except IndexError:
+            raise ConfigError(
+                f"MODEL.NUM_CLASSES is {logits.shape[1]}, so labels are in [0, {logits.shape[1]}), "
+                f"but those of this batch reach from {int(label.min())} to {int(label.max())}. Set "
+                "MODEL.NUM_CLASSES to the data set's number of classes, or mend its labels."
+            ) from None
