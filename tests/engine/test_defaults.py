@@ -21,6 +21,7 @@ from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.evaluation.evaluator import DatasetEvaluator
 from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils import comm
+from trainkit.utils.errors import ConfigError, UnknownNameError
 
 MakeCfg = Callable[..., CfgNode]
 
@@ -477,3 +478,50 @@ def test_a_default_trainer_dies_by_reference_count(
         assert [ref() for ref in alive] == [None] * 4
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_a_new_run_in_a_used_folder_is_not_taken_for_the_old_one(make_cfg: MakeCfg) -> None:
+    DefaultTrainer(make_cfg()).train()
+    new = DefaultTrainer(make_cfg("SOLVER.BASE_LR", 0.02, "SOLVER.CHECKPOINT_PERIOD", 0))
+    new.resume_or_load(resume=False)
+
+    def fail(trainer: DefaultTrainer) -> None:
+        raise OSError("killed before its first checkpoint")
+
+    new.register_hooks([CallbackHook(before_step=fail)])
+    with pytest.raises(OSError, match="killed"):
+        new.train()
+    resumed = DefaultTrainer(make_cfg("SOLVER.BASE_LR", 0.02))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 0
+    assert resumed.optimizer.param_groups[0]["initial_lr"] == 0.02
+
+
+def test_an_unknown_test_data_set_is_found_at_start(make_cfg: MakeCfg) -> None:
+    with pytest.raises(UnknownNameError, match=r"DATASETS\.TEST\) 'tiny_tst'.*'tiny_test'"):
+        DefaultTrainer(make_cfg("DATASETS.TEST", ("tiny_tst",)))
+
+
+def test_an_impossible_value_is_found_at_start(make_cfg: MakeCfg) -> None:
+    with pytest.raises(ConfigError, match=r"MODEL\.DROPOUT is 2\.0"):
+        DefaultTrainer(make_cfg("MODEL.DROPOUT", 2.0))
+
+
+def test_the_config_is_written_with_the_seed_in_use(make_cfg: MakeCfg, tmp_path: Path) -> None:
+    trainer = DefaultTrainer(make_cfg("SEED", -1))
+    trainer.train()
+    written = get_cfg()
+    written.merge_from_file(str(tmp_path / "config.yaml"))
+    assert written.SEED == trainer.seed == trainer.cfg.SEED >= 0
+
+
+def test_a_resumed_run_takes_over_a_drawn_seed_silently(
+    make_cfg: MakeCfg, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = DefaultTrainer(make_cfg("SEED", -1))
+    first.train()
+    resumed = DefaultTrainer(make_cfg("SEED", -1, "SOLVER.MAX_ITER", 6))
+    with caplog.at_level(logging.WARNING):
+        resumed.resume_or_load(resume=True)
+    assert "seed" not in caplog.text
+    assert resumed.seed == resumed.cfg.SEED == first.seed

@@ -328,3 +328,65 @@ def test_a_trainer_without_a_step_says_so() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Empty must define run_step"):
         Empty().train(0, 1)
+
+
+def test_a_finish_request_in_the_last_step_leaves_a_success(loop: Any) -> None:
+    class Finishing(HookBase):
+        def after_step(self) -> None:
+            if self.trainer.iter == 4:
+                self.trainer.request_stop("reached its aim", finished=True)
+
+        def after_train(self) -> None:
+            self.trainer.request_stop("too late to matter", finished=True)
+
+    trainer = loop()
+    trainer.register_hooks([Finishing()])
+    trainer.train(0, 5)
+    assert trainer.iter == trainer.max_iter == 5
+
+
+def test_a_hook_that_is_registered_after_loading_gets_its_state(loop: Any) -> None:
+    class Counting(HookBase):
+        count = 0
+
+        def after_step(self) -> None:
+            self.count += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+    trainer = loop()
+    trainer.register_hooks([Counting()])
+    trainer.train(0, 3)
+    state = trainer.state_dict()
+    resumed, counting = loop(), Counting()
+    resumed.load_state_dict(state)
+    resumed.register_hooks([counting])
+    resumed.train(3, 5)
+    assert counting.count == 5
+
+
+def test_a_state_taken_after_the_step_has_all_hooks_pending(loop: Any) -> None:
+    class Noting(HookBase):
+        def after_step(self) -> None:
+            """Does something after a step."""
+
+    states: list[dict[str, Any]] = []
+    trainer = loop()
+    after_step = trainer.after_step
+
+    def saving_after_step() -> None:
+        states.append(trainer.state_dict())
+        after_step()
+        states.append(trainer.state_dict())
+
+    trainer.after_step = saving_after_step
+    trainer.register_hooks([Noting()])
+    trainer.train(0, 1)
+    before, after = states
+    assert before["iteration"] == after["iteration"] == 0
+    assert len(before["pending"]) == 1
+    assert after["pending"] == []

@@ -16,7 +16,7 @@ from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
 from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.solver.clip import GradientClipper
-from trainkit.utils.errors import ConfigError
+from trainkit.utils.errors import CheckpointError, ConfigError
 
 MakeTrainer = Callable[..., SimpleTrainer]
 
@@ -380,3 +380,34 @@ def test_metrics_of_every_step_are_put(simple: MakeTrainer) -> None:
     histories = trainer.storage.histories()
     assert histories.keys() == names
     assert all([i for _, i in h.values()] == list(range(6)) for h in histories.values())
+
+
+def test_a_state_inside_the_update_is_refused(simple: MakeTrainer) -> None:
+    trainer = simple()
+    trainer.register_hooks([CallbackHook(after_backward=lambda t: t.state_dict())])
+    with pytest.raises(RuntimeError, match="Inside the update of iteration 0 there is no whole"):
+        trainer.train(0, 1)
+
+
+def test_a_save_at_the_end_of_an_own_step_continues_with_the_next(simple: MakeTrainer) -> None:
+    states: list[dict[str, Any]] = []
+    trainer = simple()
+    run_step = trainer.run_step
+
+    def saving_run_step() -> None:
+        run_step()
+        states.append(copy.deepcopy(trainer.state_dict()))
+
+    trainer.run_step = saving_run_step  # type: ignore[method-assign]  # as an override does
+    trainer.train(0, 3)
+    assert [state["iteration"] for state in states] == [0, 1, 2]
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(simple: MakeTrainer) -> None:
+    trainer = simple()
+    trainer.train(0, 1)
+    state = trainer.state_dict()
+    other = simple()
+    other.optimizer = torch.optim.AdamW(other.model.parameters())
+    with pytest.raises(CheckpointError, match="is not a AdamW: only one of the two has 'momentum'"):
+        other.load_state_dict(state)

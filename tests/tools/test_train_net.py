@@ -1,5 +1,9 @@
+import os
 import re
 import runpy
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +175,41 @@ def test_damaged_checkpoints_are_said_and_never_taken_for_none(
         path.write_bytes(damaged)
     assert tool("--resume") == 1
     assert_one_error(capsys, "No checkpoint in .* can be resumed from.*SHA-256")
+
+
+def test_looking_at_a_run_keeps_its_config(tool: Tool, output: Path) -> None:
+    assert tool() == 0
+    config = (output / "config.yaml").read_text()
+    assert tool("--resume", "--eval-only", "TEST.IMS_PER_BATCH", 30) == 0
+    assert tool("--resume", "MODEL.BACKBONE.WIDTHS", "(4, 6)") == 1
+    assert (output / "config.yaml").read_text() == config
+
+
+def test_an_evaluation_without_weights_is_refused(
+    tool: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool("--eval-only") == 1
+    assert_one_error(capsys, "--eval-only needs weights")
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_the_launching_process_alone_saves_on_all_ranks(tmp_path: Path) -> None:
+    settings = ["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "100000", "LOG_PERIOD", "1"]
+    settings += ["MODEL.BACKBONE.WIDTHS", "(4, 8)", "MODEL.BACKBONE.BLOCKS", "(0, 1)"]
+    command = [sys.executable, str(TOOLS / "train_net.py"), "--num-gpus", "2", "--config-file"]
+    command += [str(CONFIGS / "fashion_mnist.yaml"), *settings, "MODEL.DEVICE", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "iter: 3 " in line:
+            run.send_signal(signal.SIGINT)
+            break
+    run.communicate(timeout=120)
+    assert run.returncode == 130
+    (saved,) = tmp_path.glob("model_*.pth")
+    # Ranks agree at the next reduction of metrics.
+    assert saved.name in ("model_0000019.pth", "model_0000039.pth")
 
 
 def test_debug_keeps_the_traceback(tool: Tool) -> None:

@@ -267,3 +267,18 @@ def test_a_resumed_run_does_not_replace_a_better_model(
 def test_an_unknown_mode_is_an_error(trainer: SimpleTrainer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mode is 'maximum'.*'max' or 'min'"):
         best(trainer, tmp_path, mode="maximum")
+
+
+def test_the_best_of_a_metric_put_after_the_last_step_is_kept(
+    trainer: SimpleTrainer, tmp_path: Path
+) -> None:
+    checkpointer = checkpointer_of(trainer, tmp_path)
+
+    def put(t: SimpleTrainer) -> None:
+        t.storage.put_scalar("val_loss", 1.0 / (t.iter + 1), smoothing_hint=False)
+
+    trainer.register_hooks(
+        [CallbackHook(after_step=put), BestCheckpointer(2, checkpointer, "val_loss", mode="min")]
+    )
+    trainer.train(0, 4)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 3
