@@ -1,4 +1,5 @@
 import gc
+import logging
 import math
 import weakref
 
@@ -150,6 +151,15 @@ def test_state_of_another_number_of_groups_is_refused() -> None:
     scheduler = LRMultiplier(make_optimizer(1.0, 0.1), ConstantParamScheduler(1.0), max_iter=10)
     with pytest.raises(CheckpointError, match="has 1 base learning rates but the optimizer has 2"):
         scheduler.load_state_dict({"base_lrs": [1.0], "last_epoch": 3})
+
+
+def test_other_base_rates_than_the_checkpoints_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    state = LRMultiplier(make_optimizer(0.1), ConstantParamScheduler(1.0), 10).state_dict()
+    resumed = LRMultiplier(make_optimizer(0.2), ConstantParamScheduler(1.0), 10)
+    with caplog.at_level(logging.WARNING):
+        resumed.load_state_dict(state)
+    assert "are [0.2], but the run goes on with those of the checkpoint, [0.1]" in caplog.text
+    assert resumed.get_last_lr() == [0.1]
 
 
 def test_a_tensor_lr_stays_the_same_tensor() -> None:

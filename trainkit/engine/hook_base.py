@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trainkit.utils import comm
-from trainkit.utils.errors import USER_ERRORS, ConfigError, UnknownNameError
+from trainkit.utils.errors import USER_ERRORS, ConfigError, UnknownNameError, add_note
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,9 @@ def call_each(
                     first = e
                 else:
                     logger.exception("%s failed as well:", function.__qualname__)
-                    note = f"{function.__qualname__} raised too: {e!r}"
-                    notes = [*getattr(first, "__notes__", []), note, *getattr(e, "__notes__", [])]
-                    first.__notes__ = notes
+                    own = f"{function.__qualname__} raised too: {e!r}"
+                    for note in (own, *getattr(e, "__notes__", [])):
+                        add_note(first, note)
         if first is not None and failure is None:
             raise first
     finally:

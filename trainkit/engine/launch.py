@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from trainkit.engine.exit_codes import MESSAGE_ERRORS
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError
+from trainkit.utils.errors import ConfigError, add_note
 
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
@@ -125,7 +125,7 @@ def _worker(
     try:
         _run_in_group(main_func, args, dist_url, world_size, rank, timeout)
     except MESSAGE_ERRORS as e:
-        e.__notes__ = [*getattr(e, "__notes__", []), f"On rank {rank}:\n{traceback.format_exc()}"]
+        add_note(e, f"On rank {rank}:\n{traceback.format_exc()}")
         errors.put(e)
         exit_code = 1
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ The schedules themselves are fvcore's `ParamScheduler`s. They give a multiplier,
 rate, so that groups of parameters may have different base learning rates.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from fvcore.common.param_scheduler import (
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
+
+logger = logging.getLogger(__name__)
 
 # fvcore's schedules look this far ahead, so they are to be called with less than 1 minus it.
 _LAST_WHERE = 1 - 2 * ParamScheduler.WHERE_EPSILON
@@ -145,6 +148,13 @@ class LRMultiplier(LRScheduler):
                 f"The scheduler's state has {len(base_lrs)} base learning rates but the optimizer "
                 f"has {len(self.optimizer.param_groups)} parameter groups. Resume with the SOLVER "
                 "settings that the checkpoint was made with, or load only the model from it."
+            )
+        if base_lrs != self.base_lrs:
+            logger.warning(
+                "The learning rates (SOLVER.BASE_LR) are %s, but the run goes on with those of the "
+                "checkpoint, %s. To change them, start from its weights by MODEL.WEIGHTS.",
+                self.base_lrs,
+                base_lrs,
             )
         self.base_lrs = base_lrs
         self.last_epoch = state_dict["last_epoch"]
