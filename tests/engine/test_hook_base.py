@@ -126,6 +126,18 @@ def test_twin_hooks_keep_separate_states() -> None:
     assert (first.count, second.count) == (3, 5)
 
 
+def test_a_hook_that_is_registered_after_loading_gets_its_state(loop: Any) -> None:
+    trainer = loop()
+    trainer.register_hooks([Counter()])
+    trainer.train(0, 3)
+    state = trainer.state_dict()
+    resumed, counter = loop(), Counter()
+    resumed.load_state_dict(state)
+    resumed.register_hooks([counter])
+    resumed.train(3, 5)
+    assert counter.count == 5
+
+
 def test_a_state_without_its_hook_is_left_and_named(caplog: pytest.LogCaptureFixture) -> None:
     left = load_hooks_state_dict([HookBase()], {"Counter": {"count": 1}})
     assert left == {"Counter": {"count": 1}}

@@ -345,30 +345,6 @@ def test_a_finish_request_in_the_last_step_leaves_a_success(loop: Any) -> None:
     assert trainer.iter == trainer.max_iter == 5
 
 
-def test_a_hook_that_is_registered_after_loading_gets_its_state(loop: Any) -> None:
-    class Counting(HookBase):
-        count = 0
-
-        def after_step(self) -> None:
-            self.count += 1
-
-        def state_dict(self) -> dict[str, Any]:
-            return {"count": self.count}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            self.count = state["count"]
-
-    trainer = loop()
-    trainer.register_hooks([Counting()])
-    trainer.train(0, 3)
-    state = trainer.state_dict()
-    resumed, counting = loop(), Counting()
-    resumed.load_state_dict(state)
-    resumed.register_hooks([counting])
-    resumed.train(3, 5)
-    assert counting.count == 5
-
-
 def test_a_state_taken_after_the_step_has_all_hooks_pending(loop: Any) -> None:
     class Noting(HookBase):
         def after_step(self) -> None:

@@ -233,3 +233,13 @@ def main(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+def test_together_returns_the_own_result_and_raises_the_own_error() -> None:
+    assert comm.together(lambda: 3) == 3
+
+    def fail() -> None:
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        comm.together(fail)

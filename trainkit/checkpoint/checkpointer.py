@@ -4,9 +4,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
@@ -27,8 +27,6 @@ from trainkit.checkpoint.matching import (
 from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointError
 from trainkit.utils.file_io import PathManager, write_atomically
-
-T = TypeVar("T")
 
 _TRANSFER = (
     "To take over the weights that fit, set MODEL.WEIGHTS to the file and start without --resume, "
@@ -95,7 +93,7 @@ class Checkpointer(_Checkpointer):
             return False
         if os.path.basename(name) != name or not name:
             raise ValueError(f"The checkpoint's name is {name!r}; give a file name, not a path.")
-        data = _together(lambda: self._state(extra))
+        data = comm.together(lambda: self._state(extra))
         comm.on_main(lambda: self._write(name, data))
         return True
 
@@ -278,7 +276,7 @@ class Checkpointer(_Checkpointer):
             local = self._local_path(path)
             return find_weights(self._load_file(local), path), read_manifest(local)
 
-        checkpoint, self.loaded_manifest = _together(read)
+        checkpoint, self.loaded_manifest = comm.together(read)
         return checkpoint
 
     def _local_path(self, path: str) -> str:
@@ -354,19 +352,3 @@ class Checkpointer(_Checkpointer):
             self.logger.warning(
                 "What fits the model was loaded. The rest was not:\n%s", tabulate_differences(found)
             )
-
-
-def _together(function: Callable[[], T]) -> T:
-    """Runs a function on every rank; an error of one rank is raised on all."""
-    result: T | None = None
-    error: Exception | None = None
-    try:
-        result = function()
-    except Exception as e:
-        error = e
-    try:
-        comm.raise_together(error)
-    finally:
-        # An exception kept in a local of a frame that it passed through is a reference cycle.
-        del error
-    return cast(T, result)

@@ -36,9 +36,17 @@ class PeriodicCheckpointer:
     def step(self, iteration: int, **extra: Any) -> None:
         """Saves what is due after 0-based `iteration`, with extra data."""
         if is_due(iteration, self.period):
-            self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **extra)
+            self.save_numbered(iteration, **extra)
         if self.max_iter is not None and iteration >= self.max_iter - 1:
-            self.save(f"{self.file_prefix}_final", iteration=iteration, **extra)
+            self.save_final(iteration, **extra)
+
+    def save_numbered(self, iteration: int, **extra: Any) -> None:
+        """Saves now, under the name of the iteration."""
+        self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **extra)
+
+    def save_final(self, iteration: int, **extra: Any) -> None:
+        """Saves now, under the name of a run's end."""
+        self.save(f"{self.file_prefix}_final", iteration=iteration, **extra)
 
     def save(self, name: str, **extra: Any) -> None:
         """Saves now, under a name of its own, and deletes what is no longer to be kept."""

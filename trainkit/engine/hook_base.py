@@ -169,6 +169,11 @@ def hook_keys(hooks: Sequence[HookBase]) -> list[str]:
     return keys
 
 
+def hooks_by_key(hooks: Sequence[HookBase]) -> dict[str, HookBase]:
+    """Returns the hooks by their keys, in order."""
+    return dict(zip(hook_keys(hooks), hooks, strict=True))
+
+
 class StepHooks:
     """The hooks that do something around a step: the loop calls no others.
 
@@ -185,7 +190,7 @@ class StepHooks:
     def __init__(self, hooks: Sequence[HookBase]) -> None:
         self._before_step = overriding(hooks, "before_step")
         self.after_backward = overriding(hooks, "after_backward")
-        keyed = zip(hook_keys(hooks), hooks, strict=True)
+        keyed = hooks_by_key(hooks).items()
         self._hooks = {key: hook for key, hook in keyed if overriding([hook], "after_step")}
         self._keys = list(self._hooks)
         self.pending: list[str] = []
@@ -215,7 +220,7 @@ def check_on_all_ranks(hooks: Sequence[HookBase]) -> None:
     Raises:
         ConfigError: On every rank, if they are not: training would wait forever.
     """
-    keys = [k for k, h in zip(hook_keys(hooks), hooks, strict=True) if h.is_collective]
+    keys = [key for key, hook in hooks_by_key(hooks).items() if hook.is_collective]
     for rank, others in enumerate(comm.all_gather(keys)):
         if others != keys:
             raise ConfigError(
@@ -227,7 +232,7 @@ def check_on_all_ranks(hooks: Sequence[HookBase]) -> None:
 
 def hooks_state_dict(hooks: Sequence[HookBase]) -> dict[str, Any]:
     """Returns the states of all hooks that have one, by their keys."""
-    states = {key: hook.state_dict() for key, hook in zip(hook_keys(hooks), hooks, strict=True)}
+    states = {key: hook.state_dict() for key, hook in hooks_by_key(hooks).items()}
     return {key: state for key, state in states.items() if state}
 
 
@@ -235,7 +240,7 @@ def load_hooks_state_dict(
     hooks: Sequence[HookBase], states: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Gives each hook its state back, and returns the states that have no hook."""
-    by_key = dict(zip(hook_keys(hooks), hooks, strict=True))
+    by_key = hooks_by_key(hooks)
     left = {}
     for key, state in (states or {}).items():
         if key in by_key:

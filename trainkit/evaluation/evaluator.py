@@ -134,17 +134,15 @@ def inference_on_dataset(
         def move_batch(batch: Any) -> Any:
             return move_to(batch, device)
 
-    evaluator.reset()
-    try:
+    def run() -> None:
         # Not inference_mode: what a model caches in evaluation could then never be trained with.
         with inference_context(model), torch.no_grad():
             for batch in _with_progress(data_loader, limit_batches):
                 inputs = move_batch(batch)
                 evaluator.process(inputs, model(inputs))
-    except Exception as error:
-        comm.raise_together(error)
-        raise
-    comm.raise_together(None)
+
+    evaluator.reset()
+    comm.together(run)
     return _as_dict(evaluator.evaluate(), type(evaluator).__name__)
 
 

@@ -129,6 +129,26 @@ def on_main(function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def together(function: Callable[[], T]) -> T:
+    """Runs a function on every rank and returns each rank's own result.
+
+    Raises:
+        Exception: If any rank failed, on every rank, as `raise_together` says.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as e:
+        error = e
+    try:
+        raise_together(error)
+    finally:
+        # An exception kept in a local of a frame that it passed through is a reference cycle.
+        del error
+    return cast(T, result)
+
+
 def raise_together(error: Exception | None) -> None:
     """Raises on every rank as soon as one rank has an error.
 

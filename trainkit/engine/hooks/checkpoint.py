@@ -41,7 +41,6 @@ class PeriodicCheckpointer(HookBase):
         self._periodic = _PeriodicCheckpointer(
             checkpointer, period, max_iter, max_to_keep, file_prefix
         )
-        self._file_prefix = file_prefix
         self._has_final = False
 
     def before_train(self) -> None:
@@ -63,10 +62,10 @@ class PeriodicCheckpointer(HookBase):
             return
         if trainer.interruption is not None:
             if iteration >= trainer.start_iter:
-                self._periodic.save(f"{self._file_prefix}_{iteration:07d}", iteration=iteration)
+                self._periodic.save_numbered(iteration)
         elif trainer.iter == trainer.max_iter:
             # Also where an earlier process was killed between its last two saves.
-            self._periodic.save(f"{self._file_prefix}_final", iteration=iteration)
+            self._periodic.save_final(iteration)
 
 
 class BestCheckpointer(HookBase):
