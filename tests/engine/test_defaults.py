@@ -480,21 +480,41 @@ def test_a_default_trainer_dies_by_reference_count(
         logging.disable(logging.NOTSET)
 
 
-def test_a_new_run_in_a_used_folder_is_not_taken_for_the_old_one(make_cfg: MakeCfg) -> None:
+def test_a_new_run_in_a_used_folder_is_not_taken_for_the_old_one(
+    make_cfg: MakeCfg, tmp_path: Path
+) -> None:
     DefaultTrainer(make_cfg()).train()
-    new = DefaultTrainer(make_cfg("SOLVER.BASE_LR", 0.02, "SOLVER.CHECKPOINT_PERIOD", 0))
+    opts = ["SOLVER.BASE_LR", 0.02, "SOLVER.CHECKPOINT_PERIOD", 0, "LOG_PERIOD", 1]
+    new = DefaultTrainer(make_cfg(*opts))
     new.resume_or_load(resume=False)
 
     def fail(trainer: DefaultTrainer) -> None:
-        raise OSError("killed before its first checkpoint")
+        if trainer.iter == 2:
+            raise OSError("killed before its first checkpoint")
 
-    new.register_hooks([CallbackHook(before_step=fail)])
+    class Starting(HookBase):
+        """Has nothing to save before it was started."""
+
+        def before_train(self) -> None:
+            self.count = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+    new.register_hooks([CallbackHook(before_step=fail), Starting()])
     with pytest.raises(OSError, match="killed"):
         new.train()
+    earlier = (tmp_path / "metrics.previous.json").read_bytes()
     resumed = DefaultTrainer(make_cfg("SOLVER.BASE_LR", 0.02))
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 0
     assert resumed.optimizer.param_groups[0]["initial_lr"] == 0.02
+    resumed.train()
+    # What the earlier run wrote is still aside, and not what the killed one did.
+    assert (tmp_path / "metrics.previous.json").read_bytes() == earlier
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines]
+    assert iterations == sorted(set(iterations))
 
 
 def test_an_unknown_test_data_set_is_found_at_start(make_cfg: MakeCfg) -> None:

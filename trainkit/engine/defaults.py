@@ -156,9 +156,6 @@ class DefaultTrainer(SimpleTrainer):
         self._last_results = {}
         self.checkpointer.clear_finished()
         write_config(self.cfg)
-        if start_iter == 0 and self.checkpointer.has_checkpoint():
-            # Newer than all that an earlier run left: a resume does not take that for this run.
-            self.checkpointer.save("model_start", iteration=-1)
         super().train(start_iter, max_iter)
         if self.iter == self.max_iter and self.interruption is None:
             # Only now, on every rank: until here a resume has something left to do.
@@ -167,6 +164,13 @@ class DefaultTrainer(SimpleTrainer):
             if self.cfg.TEST.EXPECTED_RESULTS:
                 verify_results(self.cfg, self._last_results)
         return self._last_results
+
+    def before_train(self) -> None:
+        """Calls the hooks' `before_train`, and marks where a new run in a used folder starts."""
+        super().before_train()
+        if self.start_iter == 0 and self.checkpointer.has_checkpoint():
+            # Newer than all that an earlier run left: a resume does not take that for this run.
+            self.checkpointer.save("model_start", iteration=-1)
 
     def run_step(self) -> None:
         """One optimizer step: `SimpleTrainer`'s, or that of a trainer assigned to `_trainer`."""

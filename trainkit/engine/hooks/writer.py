@@ -24,12 +24,15 @@ class PeriodicWriter(HookBase):
     def __init__(self, writers: Sequence[EventWriter], period: int = 20) -> None:
         self._writers = list(writers)
         self._period = period
+        # A state was loaded, possibly of a run that had yet to make its first step.
+        self._is_resumed = False
 
     def before_train(self) -> None:
         """Forgets what an earlier run of this trainer wrote, if this one starts anew."""
-        if self.trainer.start_iter == 0:
+        if self.trainer.start_iter == 0 and not self._is_resumed:
             for writer in self._writers:
                 writer.reset()
+        self._is_resumed = False
 
     def after_step(self) -> None:
         """Writes if it is due, and after the last step."""
@@ -47,6 +50,7 @@ class PeriodicWriter(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Gives each writer its state back; one that is new, or in another place, has none."""
+        self._is_resumed = True
         for i, writer in enumerate(self._writers):
             key = f"{i} {type(writer).__name__}"
             if key in state:
