@@ -15,7 +15,8 @@ import trainkit
 ROOT = Path(trainkit.__file__).parents[1]
 
 STEPS = {
-    "tools": 4,
+    "tools": 5,
+    "trainkit.testing": 4,
     "trainkit.engine": 3,
     "trainkit.data": 2,
     "trainkit.modeling": 2,
@@ -27,7 +28,7 @@ STEPS = {
     "trainkit": -1,
 }
 # Extras, or slow to import: these are imported by the function that needs them, and only these are.
-OPTIONAL = ("fvcore.nn", "matplotlib", "pygments", "torch.utils.tensorboard")
+OPTIONAL = ("fvcore.nn", "matplotlib", "pygments", "safetensors", "torch.utils.tensorboard")
 
 
 @dataclass(frozen=True)

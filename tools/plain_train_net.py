@@ -2,7 +2,7 @@
 
 Models, data, optimizer, schedule, metrics and checkpoints are the same parts, in a script instead
 of a trainer with hooks; it computes the same loss at every iteration. It runs in one process, in
-fp32, and a resume starts at the step after the checkpoint.
+fp32, answers no signals, and a resume starts at the step after the checkpoint.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainkit.checkpoint import Checkpointer, PeriodicCheckpointer
+from trainkit.checkpoint.lock import hold_run_folder
 from trainkit.config import CfgNode, get_cfg
 from trainkit.data import MetadataCatalog, build_test_loader, build_train_loader
 from trainkit.engine import default_argument_parser, default_setup, default_writers, exit_codes
@@ -108,13 +109,13 @@ def main(args: argparse.Namespace) -> None:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     world_size = max(args.num_gpus * args.num_machines, int(os.environ.get("WORLD_SIZE", "1")))
-    is_fp32 = cfg.SOLVER.PRECISION == "fp32"
-    if world_size > 1 or cfg.SEED < 0 or cfg.SOLVER.ACCUMULATE != 1 or not is_fp32:
+    settings = (world_size, cfg.SOLVER.ACCUMULATE, cfg.SOLVER.PRECISION, cfg.SOLVER.NON_FINITE)
+    if settings != (1, 1, "fp32", "raise") or cfg.SEED < 0:
         raise ConfigError(
             f"The flat loop has {world_size} process(es), SEED {cfg.SEED}, SOLVER.ACCUMULATE "
-            f"{cfg.SOLVER.ACCUMULATE} and SOLVER.PRECISION {cfg.SOLVER.PRECISION}, but it needs "
-            "one process, a SEED of at least 0, no accumulation and fp32. Use tools/train_net.py "
-            "for the rest."
+            f"{cfg.SOLVER.ACCUMULATE}, SOLVER.PRECISION {cfg.SOLVER.PRECISION} and "
+            f"SOLVER.NON_FINITE {cfg.SOLVER.NON_FINITE}, but it needs one process, a SEED of at "
+            "least 0, no accumulation, fp32, and raise. Use tools/train_net.py for the rest."
         )
     cfg.freeze()
     default_setup(cfg, args)
@@ -123,7 +124,8 @@ def main(args: argparse.Namespace) -> None:
         Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         evaluate(cfg, model)
     else:
-        train(cfg, model, resume=args.resume)
+        with hold_run_folder(cfg.OUTPUT_DIR):
+            train(cfg, model, resume=args.resume)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ MAX_LEGEND_ROWS = 15
 MAX_CLASS_CURVES = 20
 # A curve of so few points shows where they are.
 MAX_MARKERS = 40
+MAX_VALUE = 1e300
 
 
 @dataclass
@@ -68,8 +69,11 @@ def read_run(path: Path) -> Run:
         try:
             record = json.loads(line)
             iteration = int(record.pop("iteration"))
-            values = {key: math.nan if v is None else float(v) for key, v in record.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            values = {_printable(key): _drawable(value) for key, value in record.items()}
+            # A chart's axis cannot count further.
+            if abs(iteration) >= 2**53:
+                raise ValueError("too far")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise ConfigError(
                 f"{file} is damaged: line {number} should be a JSON object of numbers with an "
                 f"iteration, but begins with {line[:40]!r}. Delete that line."
@@ -79,6 +83,15 @@ def read_run(path: Path) -> Run:
     if not run:
         raise ConfigError(f"{file} holds no metrics. Wait for the run's first log step.")
     return run
+
+
+def _printable(name: str) -> str:
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
+
+
+def _drawable(value: float | None) -> float:
+    """Returns NaN for what is not finite, and for what is so large that a chart's range is not."""
+    return math.nan if value is None or abs(float(value)) > MAX_VALUE else float(value)
 
 
 def name_runs(paths: list[Path]) -> list[str]:
@@ -211,6 +224,7 @@ def draw(runs: dict[str, Run], panels: list[Panel]) -> "Figure":
         ConfigError: If matplotlib is missing.
     """
     try:
+        from matplotlib import rcParams
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -218,6 +232,8 @@ def draw(runs: dict[str, Run], panels: list[Panel]) -> "Figure":
         raise ConfigError(
             "Drawing needs matplotlib, which is not installed. Run pip install 'trainkit[plot]'."
         ) from None
+    # A dollar sign in a name is no formula.
+    rcParams["text.parse_math"] = False
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)

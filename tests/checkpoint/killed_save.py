@@ -1,4 +1,4 @@
-"""One save that kills itself at a given call of the operating system, for the tests of kills."""
+"""Saves that kill themselves at a given call of the operating system, for the tests of kills."""
 
 import io
 import os
@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.data import TrainingSampler, TrainLoader
+from trainkit.engine import SimpleTrainer, hooks
+from trainkit.utils.period import is_due
 
 NUM_WEIGHTS = 700_000
+MAX_ITER, PERIOD = 7, 3
 
 
 class State(nn.Module):
@@ -46,6 +50,11 @@ class Killer:
 
         setattr(os, name, watched)
 
+    def arm(self) -> None:
+        self.watch_writes()
+        for call in ("fsync", "replace"):
+            self.watch(call)
+
     def watch_writes(self) -> None:
         open_file: Any = Path.open
         killer = self
@@ -70,11 +79,42 @@ def save(folder: Path, name: str, value: int, kill_at: int) -> None:
     """Saves a state, to be killed at call number `kill_at`, from 0."""
     torch.set_num_threads(1)
     checkpointer = Checkpointer(State(value), folder)
-    killer = Killer(kill_at)
-    killer.watch_writes()
-    for call in ("fsync", "replace"):
-        killer.watch(call)
+    Killer(kill_at).arm()
     checkpointer.save(name, iteration=value)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, points: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.layers(points).square().mean()}
+
+
+def train(folder: Path, kill_at: int) -> None:
+    """Trains from the newest checkpoint; its saves make calls numbered from 0 all together."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Net()
+    points = [*torch.randn(20, 3, generator=torch.Generator().manual_seed(1))]
+    loader = TrainLoader(points, TrainingSampler(len(points), seed=0), batch_size=4, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = SimpleTrainer(model, loader, optimizer, seed=0)
+    checkpointer = Checkpointer(model, folder, trainer=trainer)
+
+    # One name is used again and again.
+    def save_latest(trainer: Any) -> None:
+        if is_due(trainer.iter, PERIOD):
+            checkpointer.save("latest", iteration=trainer.iter)
+
+    def save_final(trainer: Any) -> None:
+        checkpointer.save("model_final", iteration=trainer.iter - 1)
+
+    trainer.register_hooks([hooks.CallbackHook(after_step=save_latest, after_train=save_final)])
+    extra = checkpointer.resume_or_load("")
+    Killer(kill_at).arm()
+    trainer.train(extra.get("iteration", -1) + 1, MAX_ITER)
 
 
 def save_within(folder: Path, name: str, value: int, max_bytes: int) -> None:

@@ -1,19 +1,25 @@
 """A run's state is saved whole, resumed from the newest valid file, and never mixed."""
 
+import collections
 import errno
 import gc
 import json
 import logging
 import os
+import pickle
+import re
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from tests.web import Web, serving
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.checkpoint.format import verify
 from trainkit.utils import file_io
@@ -72,7 +78,8 @@ def test_everything_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO):
         checkpointer.save("model_0000007", iteration=7, note=["x"])
     path = tmp_path / "new" / "folder" / "model_0000007.pth"
-    assert f"Saved checkpoint to {path}" in caplog.text
+    saved = rf"Saved checkpoint to {path}: {path.stat().st_size:,} bytes in \d+\.\d\d s"
+    assert re.fullmatch(saved, caplog.messages[0])
     assert (path.parent / "last_checkpoint").read_text() == path.name
 
     resumed = build(path.parent)
@@ -102,12 +109,12 @@ def test_an_untagged_save_leaves_the_pointer_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../a", "a/b", "", "/a"])
-def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+def test_f23_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="give a file name, not a path"):
         build(tmp_path).save(name)
 
 
-def test_partial_files_of_dead_runs_are_removed_by_the_next_save(tmp_path: Path) -> None:
+def test_f01_partial_files_of_dead_runs_are_removed_by_the_next_save(tmp_path: Path) -> None:
     for name in ("model_0000001", "other"):
         (tmp_path / f".{name}.pth.tmp").write_bytes(b"partial")
     save(tmp_path, "model_0000001", 1)
@@ -146,7 +153,9 @@ def test_a_pointer_that_cannot_be_written_is_a_warning(
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match=r"file/run/a\.pth.*Set OUTPUT_DIR"):
+    with pytest.raises(
+        CheckpointError, match=r"run/a\.pth: Not a directory\..*set another OUTPUT_DIR"
+    ):
         build(tmp_path / "file" / "run").save("a")
 
 
@@ -166,7 +175,7 @@ def test_a_newer_save_wins_even_if_the_clock_went_back(
     assert resume(tmp_path)[0] == 2
 
 
-def test_the_newest_valid_one_is_used_and_what_is_skipped_is_said(
+def test_f05_the_newest_valid_one_is_used_and_what_is_skipped_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = [save(tmp_path, f"model_{i:07d}", i) for i in range(1, 5)]
@@ -181,7 +190,7 @@ def test_the_newest_valid_one_is_used_and_what_is_skipped_is_said(
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04"])
-def test_an_empty_or_foreign_newest_file_is_skipped(tmp_path: Path, content: bytes) -> None:
+def test_f06_an_empty_or_foreign_newest_file_is_skipped(tmp_path: Path, content: bytes) -> None:
     save(tmp_path, "model_0000001", 1)
     (tmp_path / "model_0000002.pth").write_bytes(content)
     assert resume(tmp_path)[0] == 1
@@ -190,7 +199,7 @@ def test_an_empty_or_foreign_newest_file_is_skipped(tmp_path: Path, content: byt
 @pytest.mark.parametrize(
     "pointer", [None, b"", b"\xff\0", b"gone.pth", b"../outside.pth", b"model_0000001.pth"]
 )
-def test_the_pointer_is_only_advice(tmp_path: Path, pointer: bytes | None) -> None:
+def test_f07_the_pointer_is_only_advice(tmp_path: Path, pointer: bytes | None) -> None:
     folder = tmp_path / "run"
     save(tmp_path, "outside", 9)
     for value in (1, 2):
@@ -218,7 +227,7 @@ def test_a_file_that_verifies_but_does_not_load_is_skipped(
     assert f"{newest} cannot be loaded: EOFError: Ran out of input" in caplog.text
 
 
-def test_a_run_does_not_silently_start_from_scratch(tmp_path: Path) -> None:
+def test_f05_a_run_does_not_silently_start_from_scratch(tmp_path: Path) -> None:
     paths = [save(tmp_path, f"model_{i:07d}", i) for i in range(2)]
     for path in paths:
         damage(path)
@@ -349,6 +358,187 @@ def test_other_places_are_read_through_the_path_manager(
     assert value_of(checkpointer) == 1
 
 
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    with serving(tmp_path / "web", monkeypatch) as served:
+        save(served.folder, "a", 3)
+        yield served
+
+
+def test_a_file_on_the_web_is_loaded_by_its_hash(web: Web) -> None:
+    for load in (Checkpointer.load, Checkpointer.resume_or_load):
+        checkpointer = build("")
+        assert load(checkpointer, web.with_hash("a.pth"))["iteration"] == 3
+        assert checkpointer.model.get_parameter("bias")[0].item() == 3
+    assert web.requests == ["/a.pth"]
+
+
+def test_f23_a_file_on_the_web_without_its_hash_is_not_fetched(web: Web) -> None:
+    checkpointer = build("", 5)
+    with pytest.raises(
+        CheckpointError, match=r"Cannot fetch .*a\.pth.*Append #sha256= and its SHA"
+    ):
+        checkpointer.load(f"{web.address}/a.pth")
+    assert web.requests == []
+    with pytest.raises(CheckpointError, match=r"has the SHA-256 [0-9a-f]{64}, but 0{64} is expect"):
+        checkpointer.load(f"{web.address}/a.pth#sha256={'0' * 64}")
+    assert value_of(checkpointer) == 5
+
+
+@pytest.mark.parametrize(
+    "address", ["http://a b/x.pth", "http://[::1/x.pth", "http://h:p/x.pth", "http://x\0/", "a\0b"]
+)
+def test_an_address_that_is_none_is_an_error(address: str) -> None:
+    with pytest.raises(CheckpointError, match=r"Cannot fetch checkpoint|There is no checkpoint"):
+        build("").load(f"{address}#sha256={'0' * 64}")
+
+
+def test_a_file_that_the_web_has_not_is_an_error(web: Web) -> None:
+    with pytest.raises(CheckpointError, match=r"Cannot fetch checkpoint .*none\.pth.*404"):
+        build("").load(f"{web.address}/none.pth#sha256={'0' * 64}")
+
+
+def test_f23_a_known_file_on_the_web_runs_no_code_either(web: Web, tmp_path: Path) -> None:
+    (web.folder / "evil.pkl").write_bytes(pickle.dumps({"model": Canary(tmp_path / "canary")}))
+    with pytest.raises(CheckpointError, match="it is a bare pickle"):
+        build("").load(web.with_hash("evil.pkl"))
+    assert not (tmp_path / "canary").exists()
+
+
+class Canary:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(params=["bare", "zip"])
+def evil(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file that makes the folder "canary" when it is unpickled."""
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "model_0000002.pth"
+    data = {"weight": torch.ones(2, 2), "made": Canary(tmp_path / "canary")}
+    if request.param == "bare":
+        path.write_bytes(pickle.dumps(data))
+    else:
+        torch.save(data, path)
+    return path
+
+
+def test_f23_code_in_a_file_runs_only_if_it_is_trusted(evil: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Nothing in it was run\. Only if you trust"):
+        Checkpointer(nn.Linear(2, 2)).load(str(evil))
+    assert not (tmp_path / "canary").exists()
+    # What ran has made an entry that is no weight.
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        Checkpointer(nn.Linear(2, 2), trust_pickle=True).load(str(evil))
+    assert (tmp_path / "canary").exists()
+
+
+def test_f23_trust_never_reaches_what_is_resumed_from(
+    evil: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer = Checkpointer(nn.Linear(2, 2), evil.parent, trust_pickle=True, counter=Counter())
+    with pytest.raises(CheckpointError, match=r"Nothing in it was run"):
+        checkpointer.resume_or_load("")
+    assert "SKIPPING A CHECKPOINT" in caplog.text
+    save(evil.parent, "model_0000001", 1)
+    assert checkpointer.resume_or_load("")["iteration"] == 1
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_trusted_subclass_still_reads_its_own_formats(tmp_path: Path) -> None:
+    class Reader(Checkpointer):
+        def _load_file(self, f: str) -> dict[str, Any]:
+            return {"model": {"weight": torch.full((1, 1), float(len(f))), "bias": torch.ones(1)}}
+
+    (tmp_path / "own.bin").write_text("x")
+    checkpointer = Reader(nn.Linear(1, 1), trust_pickle=True)
+    checkpointer.load(str(tmp_path / "own.bin"))
+    assert checkpointer.model.get_parameter("weight").item() == len(str(tmp_path / "own.bin"))
+
+
+def test_f23_a_link_out_of_the_folder_is_skipped_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    save(folder, "model_0000001", 1)
+    outside = save(tmp_path / "elsewhere", "model_0000009", 9)
+    (folder / "model_0000009.pth").symlink_to(outside)
+    assert resume(folder)[0] == 1
+    assert "SKIPPING A CHECKPOINT" in caplog.text
+    assert f"it is a link out of this folder, to {outside}: put that file here" in caplog.text
+    assert build(folder).get_checkpoint_file() == str(folder / "model_0000001.pth")
+    (folder / "model_0000001.pth").unlink()
+    assert build(folder).has_checkpoint()
+    with pytest.raises(CheckpointError, match="it is a link out of this folder"):
+        resume(folder)
+
+
+def test_f23_a_link_within_the_folder_is_read(tmp_path: Path) -> None:
+    save(tmp_path / "run", "model_0000001", 1)
+    (tmp_path / "run" / "model_last.pth").symlink_to("model_0000001.pth")
+    (tmp_path / "link").symlink_to("run")
+    assert resume(tmp_path / "link")[0] == 1
+
+
+def test_f23_nothing_is_written_or_deleted_through_a_link(tmp_path: Path) -> None:
+    outside = save(tmp_path / "elsewhere", "model_0000001", 9)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    before = outside.read_bytes()
+    names = ["model_0000001.pth", "model_0000002.pth", ".model_0000001.pth.tmp"]
+    names += ["last_checkpoint", "last_checkpoint.tmp", "finished.json", "finished.json.tmp"]
+    for name in names:
+        (folder / name).symlink_to(outside)
+    checkpointer = build(folder, 1)
+    checkpointer.save("model_0000001", iteration=1)
+    checkpointer.mark_finished(1)
+    checkpointer.delete("model_0000002")
+    assert outside.read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.is_symlink()]
+    assert resume(folder)[0] == 1
+    for i in (3, 4):
+        (folder / f"model_{i:07d}.pth").symlink_to(outside)
+    checkpointer.keep_newest("model", 1)
+    checkpointer.clear_finished()
+    assert outside.read_bytes() == before
+    assert (folder / "model_0000001.pth").exists()
+
+
+def test_f23_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("model_0000009.pth", "last_checkpoint", "finished.json"):
+        os.mkfifo(tmp_path / name)
+    save(tmp_path, "model_0000001", 1)
+    assert resume(tmp_path)[0] == 1
+    os.unlink(tmp_path / "last_checkpoint")
+    os.mkfifo(tmp_path / "last_checkpoint")
+    assert resume(tmp_path)[0] == 1
+    assert build(tmp_path).finished_iteration() is None
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"model": {"weight": torch.ones(2, 2), "bias": 5}},
+        {"model": {"weight": torch.ones(2, 2), 7: torch.ones(2)}},
+        {"model": {"weight": [1]}},
+        {"model": collections.OrderedDict(weight=torch.ones(2, 2, device="meta"))},
+        {"model": {}, "counter": 3},
+    ],
+)
+def test_a_state_of_odd_types_is_explained(tmp_path: Path, state: dict[str, Any]) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"counter": {"value": 1}, **state}, path)
+    with pytest.raises(CheckpointError, match=r"a\.pth|Nothing in the checkpoint fits"):
+        build("").load(str(path))
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        build(tmp_path).resume_or_load("")
+
+
 def test_an_address_that_cannot_be_fetched_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(name: str) -> str:
         raise OSError("no route")
@@ -358,6 +548,13 @@ def test_an_address_that_cannot_be_fetched_is_an_error(monkeypatch: pytest.Monke
         CheckpointError, match=r"Cannot fetch checkpoint 'https://x/a\.pth': no route"
     ):
         build("").load("https://x/a.pth")
+
+
+def test_weights_in_safetensors_are_loaded(tmp_path: Path) -> None:
+    save_file(build("", 3).model.state_dict(), tmp_path / "a.safetensors")
+    checkpointer = build("")
+    checkpointer.resume_or_load(str(tmp_path / "a.safetensors"), resume=False)
+    assert checkpointer.model.get_parameter("weight")[0, 0].item() == 3
 
 
 def test_subclasses_may_read_other_formats_and_change_weights(tmp_path: Path) -> None:
@@ -413,7 +610,7 @@ def test_what_this_process_saved_is_read_again_only_if_it_changed(
         read.append(path.name)
         return verify(path)
 
-    monkeypatch.setattr("trainkit.checkpoint.checkpointer.verify", noting)
+    monkeypatch.setattr("trainkit.checkpoint.folder.verify", noting)
     checkpointer = build(tmp_path)
     for i in range(3):
         checkpointer.save(f"model_{i:07d}")

@@ -45,7 +45,7 @@ def test_files_without_manifest_come_last_and_the_pointer_leads_among_them(tmp_p
     assert names(tmp_path) == ["new.pth", "b.pth", "c.pth", "a.pth"]
 
 
-def test_a_file_damaged_at_its_end_keeps_its_place_by_its_age(tmp_path: Path) -> None:
+def test_f06_a_file_damaged_at_its_end_keeps_its_place_by_its_age(tmp_path: Path) -> None:
     write_checkpoint({}, tmp_path / "a.pth")
     write_old(tmp_path / "old.pth", 100)
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
@@ -56,9 +56,12 @@ def test_a_file_damaged_at_its_end_keeps_its_place_by_its_age(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "pointer",
-    [b"", b"\xff\xfe\0", b"../outside.pth", b"/etc/passwd", b"gone.pth", b"x" * 100_000, b"."],
+    [
+        *(b"", b"\xff\xfe\0", b"../outside.pth", b"/etc/passwd", b"gone.pth", b"x" * 100_000, b"."),
+        *(b"model_9999999.pth", b"b.pth\0", b"run/b.pth", b"*"),
+    ],
 )
-def test_a_pointer_to_nowhere_changes_nothing(tmp_path: Path, pointer: bytes) -> None:
+def test_f07_a_pointer_to_nowhere_changes_nothing(tmp_path: Path, pointer: bytes) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     write_old(tmp_path / "outside.pth", 2**33)
@@ -68,7 +71,7 @@ def test_a_pointer_to_nowhere_changes_nothing(tmp_path: Path, pointer: bytes) ->
     assert newest_first(folder) == [folder / "b.pth", folder / "a.pth"]
 
 
-def test_a_pointer_that_is_a_folder_changes_nothing(tmp_path: Path) -> None:
+def test_f07_a_pointer_that_is_a_folder_changes_nothing(tmp_path: Path) -> None:
     write_old(tmp_path / "a.pth", 0)
     (tmp_path / POINTER).mkdir()
     assert names(tmp_path) == ["a.pth"]
@@ -116,9 +119,14 @@ def test_a_run_without_marker_is_not_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff", b"[]", b"{}", b'{"iteration": "9"}', b'{"iteration": true}']
+    "content",
+    [
+        *(b"", b"{", b"\xff", b"[]", b"{}", b'{"iteration": "9"}', b'{"iteration": true}'),
+        *(b'{"iteration": ' + b"9" * 5000 + b"}", b'{"iteration": ' + b"[" * 100_000),
+        *(b'{"iteration": 9' + b" " * 5000 + b"}", b'{"iteration": NaN}', b'{"iteration": 2.0}'),
+    ],
 )
-def test_a_garbage_marker_is_a_warning(
+def test_f05_a_garbage_marker_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     (tmp_path / FINISHED).write_bytes(content)

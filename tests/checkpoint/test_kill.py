@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import multiprocessing as mp
 
-from tests.checkpoint.killed_save import State, save, save_within
+from tests.checkpoint.killed_save import State, save, save_within, train
 from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.checkpoint.format import verify
 
 pytestmark = pytest.mark.faults
 
 OLD, NEW = 1, 2
+NEVER = 1000
 
 
 def start(function: Callable[..., None], *args: object) -> int:
     """Runs in a new process, which has imported everything, and returns its exit code."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.killed_save"])
+    # The second is what a process's first optimizer imports, in a second.
+    context.set_forkserver_preload(["tests.checkpoint.killed_save", "torch._dynamo"])
     process = context.Process(target=function, args=args)
     process.start()
     process.join(60)
@@ -43,9 +47,19 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The name exists already in the first case (F2).
-@pytest.mark.parametrize("name", ["model_a", "model_b"])
-def test_a_kill_at_any_call_loses_nothing(tmp_path: Path, old: Path, name: str) -> None:
+def test_f01_a_save_killed_at_any_call_loses_nothing(tmp_path: Path, old: Path) -> None:
+    assert_no_kill_loses(tmp_path, old, "model_b")
+
+
+def test_f02_an_overwriting_save_killed_at_any_call_loses_nothing(
+    tmp_path: Path, old: Path
+) -> None:
+    assert_no_kill_loses(tmp_path, old, "model_a")
+
+
+def assert_no_kill_loses(tmp_path: Path, old: Path, name: str) -> None:
+    """The state before the save, or after it, is there whole, wherever the save is killed."""
+    before = (old / "model_a.pth").read_bytes()
     values = []
     for kill_at in range(100):
         folder = tmp_path / str(kill_at)
@@ -55,6 +69,9 @@ def test_a_kill_at_any_call_loses_nothing(tmp_path: Path, old: Path, name: str) 
         if code == 0:
             break
         assert code == -signal.SIGKILL
+        # Old bytes with their old manifest, or new ones with their new one.
+        for path in folder.glob("*.pth"):
+            assert path.read_bytes() == before or verify(path).state == "verified"
         assert sorted(p.name for p in folder.glob("*.pth")) in (
             [["model_a.pth"]]
             if name == "model_a"
@@ -71,9 +88,32 @@ def test_a_kill_at_any_call_loses_nothing(tmp_path: Path, old: Path, name: str) 
     assert values.count(NEW) > 4
 
 
+def test_f01_a_run_killed_at_any_call_of_its_saves_ends_like_an_unbroken_one(
+    tmp_path: Path,
+) -> None:
+    assert start(train, tmp_path / "unbroken", NEVER) == 0
+    expected = torch.load(tmp_path / "unbroken" / "model_final.pth", weights_only=True)
+    for kill_at in range(NEVER):
+        folder = tmp_path / str(kill_at)
+        code = start(train, folder, kill_at)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert start(train, folder, NEVER) == 0
+        found = torch.load(folder / "model_final.pth", weights_only=True)
+        for key in ("model", "optimizer"):
+            part = [state if key == "model" else state["trainer"] for state in (found, expected)]
+            torch.testing.assert_close(part[0][key], part[1][key], rtol=0, atol=0)
+    # Three saves, each of at least: write, fsync, rename, fsync of the folder; and the pointer's.
+    assert 20 < kill_at < NEVER
+
+
 @pytest.mark.parametrize("part", [0, 1, 100, 70_000, 1_500_000, 2_799_000])
-def test_a_kill_at_any_byte_loses_nothing(tmp_path: Path, old: Path, part: int) -> None:
+@pytest.mark.parametrize("name", ["model_a", "model_b"])
+def test_f01_f02_a_save_killed_at_any_byte_loses_nothing(
+    tmp_path: Path, old: Path, part: int, name: str
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(old, folder)
-    assert start(save_within, folder, "model_a", NEW, part) == -signal.SIGXFSZ
+    assert start(save_within, folder, name, NEW, part) == -signal.SIGXFSZ
     assert saved_value(folder) == OLD

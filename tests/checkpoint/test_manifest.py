@@ -65,15 +65,22 @@ def test_facts_that_are_no_plain_values_are_refused(value: Any) -> None:
     ("entries", "reason"),
     [
         ({}, "other entries"),
-        ({"schema": 2}, "schema 2, not 1"),
+        ({"schema": 0}, "other entries"),
+        ({**MANIFEST.__dict__, "schema": 0}, "wrong type"),
+        ({**MANIFEST.__dict__, "schema": 2, "more": 1}, "schema 2, so a later .* Update trainkit"),
         ({"schema": 1, "surprise": 1}, "other entries"),
         ({**MANIFEST.__dict__, "saved_at_ns": "late"}, "wrong type"),
+        ({**MANIFEST.__dict__, "saved_at_ns": 2**63}, "wrong type"),
         ({**MANIFEST.__dict__, "iteration": [1]}, "wrong type"),
+        ({**MANIFEST.__dict__, "versions": []}, "wrong type"),
+        ({**MANIFEST.__dict__, "facts": {"optimizer": ["fused"]}}, "wrong type"),
         ({**MANIFEST.__dict__, "facts": 3}, "wrong type"),
         ({**MANIFEST.__dict__, "bytes": 23}, "22 bytes before its comment and was written with 23"),
     ],
 )
-def test_a_manifest_by_another_hand_is_refused(tmp_path: Path, entries: Any, reason: str) -> None:
+def test_f23_a_manifest_by_another_hand_is_refused(
+    tmp_path: Path, entries: Any, reason: str
+) -> None:
     write_bare(tmp_path / "a.pth", comment_of(entries))
     with pytest.raises(DamagedError, match=reason):
         read_end(tmp_path / "a.pth")
@@ -87,6 +94,8 @@ def test_a_manifest_by_another_hand_is_refused(tmp_path: Path, entries: Any, rea
         (b"PK\x03\x04 and no more", "its end is missing"),
         (b"weights of mine", "no torch checkpoint"),
         (b"PK\x05\x06 cut", "no torch checkpoint"),
+        (b"\x80\x02}q\x00.", "it is a bare pickle"),
+        (b"\x80\x04PK\x05\x06" + bytes(30), "it is a bare pickle"),
     ],
 )
 def test_other_files_are_told_apart(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -23,20 +23,29 @@ def test_the_configs_are_possible(path: Path) -> None:
     check_cfg(cfg)
 
 
-INTEGER_0 = "an integer of at least 0"
-INTEGER_1 = "an integer of at least 1"
+INTEGER_0 = "an integer in [0, 2**31)"
+INTEGER_1 = "an integer in [1, 2**31)"
 FINITE = "a finite number of at least 0"
 
 
 @pytest.mark.parametrize(
     ("key", "wrong", "words"),
     [
+        ("OUTPUT_DIR", ["", "a\0b", "\ud800"], "a path"),
         ("SEED", [2**63], "an integer below 2**63"),
         ("FLOAT32_PRECISION", ["low"], "one of '', 'highest', 'high', 'medium'"),
         ("LOG_PERIOD", [-1], INTEGER_0),
         ("GATHER_METRIC_PERIOD", [0, -1], INTEGER_1),
         ("LIMIT_BATCHES", [-1], INTEGER_0),
-        ("MODEL.NUM_CLASSES", [0, -1], INTEGER_1),
+        ("MODEL.NUM_CLASSES", [0, -1, 2**31], INTEGER_1),
+        (
+            "MODEL.PIXEL_MEAN",
+            [["x"], [None], [math.nan], [math.inf]],
+            "a list whose entries are each a finite number",
+        ),
+        ("MODEL.PIXEL_STD", [["x"]], "a list whose entries are each a finite number"),
+        ("DATASETS.TRAIN", [(1,), ({},)], "a list whose entries are each a name"),
+        ("DATASETS.TEST", [(None,)], "a list whose entries are each a name"),
         ("MODEL.DROPOUT", [-0.1, 1.0, math.nan], "in [0, 1)"),
         ("MODEL.LABEL_SMOOTHING", [-0.1, 1.0, math.nan], "in [0, 1)"),
         ("MODEL.BACKBONE.WIDTHS", [(16, 0)], f"a list whose entries are each {INTEGER_1}"),
@@ -57,6 +66,7 @@ FINITE = "a finite number of at least 0"
         ("SOLVER.WARMUP_ITERS", [-1], INTEGER_0),
         ("SOLVER.CHECKPOINT_PERIOD", [-1], INTEGER_0),
         ("CHECKPOINT.MAX_TO_KEEP", [-1], INTEGER_0),
+        ("CHECKPOINT.ON_ERROR", ["ignore", ""], "one of 'raise', 'warn'"),
         ("TEST.EVAL_PERIOD", [-1], INTEGER_0),
         ("TEST.IMS_PER_BATCH", [0, -1], INTEGER_1),
     ],
@@ -96,7 +106,7 @@ def test_all_impossible_values_stand_in_one_error() -> None:
         check_cfg(cfg)
     assert str(raised.value).splitlines() == [
         "MODEL.DROPOUT is nan, but must be in [0, 1). Its default is 0.0.",
-        "TEST.IMS_PER_BATCH is 0, but must be an integer of at least 1. Its default is 500.",
+        "TEST.IMS_PER_BATCH is 0, but must be an integer in [1, 2**31). Its default is 500.",
     ]
 
 

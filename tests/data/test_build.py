@@ -2,9 +2,14 @@ import functools
 import gc
 import itertools
 import logging
+import multiprocessing
+import os
 import random
+import signal
+import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +27,12 @@ from trainkit.data.build import (
 from trainkit.data.catalog import DatasetCatalog
 from trainkit.data.common import MapDataset
 from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, TrainingSampler
-from trainkit.data.samplers.order import EpochOrder
+from trainkit.data.samplers.order import EpochOrder, Position
 from trainkit.data.transforms import ImageMapper
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError, UnknownNameError
 from trainkit.utils.random import get_rng_state
+from trainkit.utils.stop_signals import StopRequested, stop_signals
 
 SIZE = 50
 
@@ -205,6 +211,149 @@ def test_epochs_of_differing_length_resume_exactly() -> None:
     second = growing(15)
     second.load_state_dict(first.state_dict())
     assert_same(seen + take(second, 1), unbroken)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_the_samples_of_a_step_can_be_told_from_its_position(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, accumulate: int
+) -> None:
+    seen: dict[int, list[int]] = {}
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        loader = make(12, accumulate=accumulate, num_workers=1)
+        batches = iter(loader)
+        # Into the next epoch, while the workers are ahead.
+        for _ in range(4 * accumulate):
+            next(batches)
+        position = loader.position
+        assert position == (0, 48)
+        seen[rank] = indices([next(batches) for _ in range(accumulate)])
+        told = loader.samples_at(position, rank)
+        assert [index for index, _, _ in told] == seen[rank]
+        assert {(e, o) for _, e, o in told} <= {(0, 48), (0, 49), *((1, o) for o in range(10))}
+        everybodys = {index for index, _, _ in loader.samples_at(position)}
+    assert everybodys == {index for share in seen.values() for index in share}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_that_are_passed_over_are_left_out_and_nothing_else(num_workers: int) -> None:
+    whole = take(make(12), 12)
+    loader = make(12, num_workers=num_workers)
+    take(loader, 1)
+    # Steps 2 and 3; the latter begins where step 2 now does. And step 8, of epoch 1.
+    for position in [(0, 24), (0, 24), (1, 46)]:
+        loader.pass_over(Position(*position))
+    assert_same(take(loader, 8), [whole[step] for step in (1, 4, 5, 6, 7, 9, 10, 11)])
+
+
+def test_ranks_and_micro_batches_pass_over_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = take(make(12), 4)
+    shares = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        loader = make(12, accumulate=3)
+        loader.pass_over(Position(0, 12))
+        shares.append(take(loader, 3 * 3))
+    in_order = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert_same(in_order, [whole[step] for step in (0, 2, 3)])
+
+
+def test_what_is_passed_over_travels_in_the_state() -> None:
+    loader = make(12)
+    loader.pass_over(Position(0, 36))
+    take(loader, 2)
+    state = loader.state_dict()
+    assert state == {"seed": 5, "epoch": 0, "offset": 24, "passed_over": [[0, 36, 0, 48]]}
+    resumed = make(12)
+    resumed.load_state_dict(state)
+    assert_same(take(resumed, 5), take(loader, 5))
+    assert resumed.state_dict() == loader.state_dict()
+
+
+def test_going_back_to_an_older_state_passes_over_what_came_since_too() -> None:
+    loader = make(12)
+    loader.pass_over(Position(0, 12))
+    take(loader, 1)
+    older = loader.state_dict()
+    loader.pass_over(Position(0, 36))
+    loader.load_state_dict(older)
+    assert loader.state_dict()["passed_over"] == [[0, 12, 0, 24], [0, 36, 0, 48]]
+
+
+def test_what_is_passed_over_stays_so_with_another_batch_size() -> None:
+    loader = make(12)
+    bad = {(epoch, offset) for _, epoch, offset in loader.samples_at(Position(0, 12))}
+    loader.pass_over(Position(0, 12))
+    other = make(10)
+    other.load_state_dict(loader.state_dict())
+    position = other.position
+    for _ in other:
+        seen = {(epoch, offset) for _, epoch, offset in other.samples_at(position)}
+        assert not seen & bad
+        position = other.position
+        if position.epoch == 1:
+            break
+
+
+def test_passing_over_ends_the_iterator_made_before() -> None:
+    loader = make()
+    batches = iter(loader)
+    next(batches)
+    loader.pass_over(loader.position)
+    with pytest.raises(RuntimeError, match="Use the newest"):
+        next(batches)
+
+
+def stopped(requests: list[str]) -> Callable[..., None]:
+    return lambda reason, exit_code: requests.append(reason)
+
+
+class Interrupted(Noisy):
+    """Gets a signal while its sample 12 is fetched for the first time."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.size -= 1
+        if self.size == SIZE - 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"index": index, "noise": torch.zeros(1)}
+
+    def __len__(self) -> int:
+        return SIZE
+
+
+def test_a_signal_leaves_a_fetch_at_once_and_loses_nothing() -> None:
+    loader, whole = make(dataset=Interrupted()), take(make(), 4)
+    before = get_rng_state()
+    batches = iter(loader)
+    requests: list[str] = []
+    with stop_signals(stopped(requests)):
+        seen = [next(batches)]
+        with pytest.raises(StopRequested):
+            next(batches)
+    assert requests == ["SIGTERM"]
+    assert loader.position == (0, 12)
+    assert rng_is_untouched(before)
+    assert indices(seen + take(loader, 3)) == indices(whole)
+
+
+class Hanging(Noisy):
+    """Waits for a storage that does not answer."""
+
+    def __getitem__(self, index: int) -> Any:
+        threading.Event().wait()
+
+
+@pytest.mark.faults
+def test_a_signal_does_not_wait_for_workers_that_hang() -> None:
+    batches = iter(make(dataset=Hanging(), num_workers=2))
+    start = time.monotonic()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with stop_signals(stopped([])), pytest.raises(StopRequested):
+        next(batches)
+    for worker in multiprocessing.active_children():
+        worker.join()
+    # It would be five seconds for each if they were asked to finish their work.
+    assert time.monotonic() - start < 5
 
 
 def test_a_huge_position_is_reached_at_once() -> None:

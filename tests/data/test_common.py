@@ -3,6 +3,9 @@ import os
 import random
 import select
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,14 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from trainkit.data.common import MAX_ATTEMPTS, MapDataset, SeededBatches, worker_init_fn
+from trainkit.data.common import (
+    MAX_ATTEMPTS,
+    MapDataset,
+    SeededBatches,
+    WatchedLoader,
+    WorkerDiedError,
+    worker_init_fn,
+)
 from trainkit.data.samplers.distributed_sampler import TrainingSampler
 from trainkit.data.samplers.order import EpochOrder
 from trainkit.utils.errors import ConfigError
@@ -187,9 +197,85 @@ def test_workers_end_with_a_killed_training_process(start_method: str) -> None:
         os.close(worker)
 
 
-def test_workers_leave_interrupts_to_the_training_process() -> None:
+def send_from_elsewhere(pid: int, signum: int) -> None:
+    """Sends a signal to one process from another one than this."""
+    code = f"import os; os.kill({pid}, {signum})"
+    subprocess.run([sys.executable, "-S", "-c", code], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_leave_signals_to_the_training_process(signum: signal.Signals) -> None:
     loader = DataLoader(SlowToEnd(), num_workers=1, worker_init_fn=worker_init_fn())
     batches = iter(loader)
     worker = next(batches).item()
-    os.kill(worker, signal.SIGINT)
+    send_from_elsewhere(worker, signum)
     assert [next(batches).item() for _ in range(20)] == [worker] * 20
+
+
+class Early:
+    """Gets a signal just before a worker is tied."""
+
+    def __init__(self) -> None:
+        self.tie = worker_init_fn()
+
+    def __call__(self, worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.tie(worker)
+
+
+@pytest.mark.faults
+def test_workers_live_through_a_signal_to_the_group_while_they_start() -> None:
+    loader = WatchedLoader(
+        SlowToEnd(), num_workers=1, worker_init_fn=Early(), multiprocessing_context="fork"
+    )
+    batches = iter(loader)
+    assert len({next(batches).item() for _ in range(20)}) == 1
+
+
+def test_the_training_process_can_end_its_workers() -> None:
+    batches = iter(WatchedLoader(SlowToEnd(), num_workers=1, worker_init_fn=worker_init_fn()))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+class Dying(SlowToEnd):
+    """Kills its worker, or fails, at sample 2."""
+
+    def __init__(self, is_killed: bool) -> None:
+        self.is_killed = is_killed
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2 and self.is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 2:
+            raise FileNotFoundError("2.png")
+        return index
+
+
+@pytest.mark.faults
+def test_a_worker_that_died_is_told_as_such_with_the_mend() -> None:
+    batches = iter(WatchedLoader(Dying(is_killed=True), batch_size=None, num_workers=1))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(WorkerDiedError, match=r"data loader died\. Usually.*NUM_WORKERS.*--resume"):
+        next(batches)
+
+
+@pytest.mark.faults
+def test_a_worker_that_dies_while_nothing_is_fetched_is_told_too() -> None:
+    batches = iter(WatchedLoader(SlowToEnd(), num_workers=1))
+    worker = next(batches).item()
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError, match=rf"worker \(pid {worker}\) is killed.*NUM_WORKERS"):
+        threading.Event().wait(20)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_the_data_set_reaches_the_caller_as_it_is(num_workers: int) -> None:
+    batches = iter(WatchedLoader(Dying(is_killed=False), batch_size=None, num_workers=num_workers))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(FileNotFoundError, match=r"2\.png"):
+        next(batches)

@@ -158,8 +158,46 @@ def test_a_stateful_loader_resumes_by_its_own_state(caplog: pytest.LogCaptureFix
     assert caplog.text == ""
 
 
+def train_loader(batch_size: int = 5) -> TrainLoader:
+    return TrainLoader(Noisy(), TrainingSampler(10, seed=0), batch_size, seed=0)
+
+
+def test_the_place_of_a_plain_loader_is_told_by_epoch_and_batch() -> None:
+    stream = BatchStream([1, 2, 3])
+    draw(stream, 5)
+    assert stream.place == (1, 2)
+    assert stream.describe(stream.place, 0) == "The step began with batch 2 of epoch 1. "
+    with pytest.raises(ConfigError, match=r"'rollback', but the data loader \(list\) cannot pass"):
+        stream.check_can_pass_over()
+
+
+def test_the_samples_of_a_step_are_told_by_epoch_offset_and_index() -> None:
+    stream = BatchStream(train_loader())
+    draw(stream, 3)
+    place = stream.place
+    samples = [int(value) for value in next(stream).tolist()]
+    listed = ", ".join(f"1:{5 + offset}={index}" for offset, index in enumerate(samples))
+    assert stream.describe(place, None) == f"Its samples, as epoch:offset=index: {listed}. "
+
+
+def test_of_very_many_samples_some_are_told() -> None:
+    stream = BatchStream(train_loader(300))
+    text = stream.describe(stream.place, 0)
+    assert text.count("=") == 1 + 256
+    assert text.endswith(" and 44 more. ")
+
+
+def test_a_step_that_is_passed_over_is_left_out() -> None:
+    whole, stream = BatchStream(train_loader()), BatchStream(train_loader())
+    stream.check_can_pass_over()
+    expected = draw(whole, 4)
+    first = next(stream)
+    stream.pass_over(stream.place)
+    assert equal([first, *draw(stream, 2)], [expected[0], *expected[2:]])
+
+
 def test_only_a_loader_that_says_so_is_known_not_to_draw() -> None:
-    loader = TrainLoader(Noisy(), TrainingSampler(10, seed=0), 5, seed=0)
+    loader = train_loader()
     assert not BatchStream(loader).draws_global_randomness
     assert BatchStream(Stateful()).draws_global_randomness
     assert BatchStream([1, 2]).draws_global_randomness

@@ -17,6 +17,7 @@ from trainkit.engine.defaults import DefaultTrainer
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
 from trainkit.engine.hooks.checkpoint import PeriodicCheckpointer
+from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
 from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.evaluation.evaluator import DatasetEvaluator
 from trainkit.evaluation.testing import ResultsMismatchError
@@ -515,6 +516,93 @@ def test_a_new_run_in_a_used_folder_is_not_taken_for_the_old_one(
     lines = (tmp_path / "metrics.json").read_text().splitlines()
     iterations = [json.loads(line)["iteration"] for line in lines]
     assert iterations == sorted(set(iterations))
+
+
+def poisoning(iteration: int, times: int = 1) -> HookBase:
+    """Makes the gradients of an iteration NaN, for so many times."""
+    left = [times]
+
+    def poison(trainer: DefaultTrainer) -> None:
+        if trainer.iter == iteration and left[0] > 0:
+            left[0] -= 1
+            for parameter in trainer.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(torch.nan)
+
+    return CallbackHook(after_backward=poison)
+
+
+@pytest.mark.parametrize(("bad", "back_to"), [(0, 0), (1, 0), (3, 2)])
+def test_a_run_goes_back_to_its_last_checkpoint_and_passes_a_bad_batch_over(
+    make_cfg: MakeCfg, caplog: pytest.LogCaptureFixture, bad: int, back_to: int
+) -> None:
+    trainer = DefaultTrainer(make_cfg("SOLVER.NON_FINITE", "rollback"))
+    starts: list[int] = []
+    trainer.register_hooks(
+        [poisoning(bad), CallbackHook(before_train=lambda t: starts.append(t.start_iter))]
+    )
+    with caplog.at_level(logging.WARNING):
+        results = trainer.train()
+    assert starts == [0, back_to]
+    assert f"Rolled back from iteration {bad} to {back_to}" in caplog.text
+    assert "classification" in results
+    assert trainer.checkpointer.finished_iteration() == 3
+    # The data set has 12 images, and a batch 4 of them.
+    epoch, offset = divmod(4 * bad, 12)
+    end_epoch, end_offset = divmod(4 * (bad + 1), 12)
+    state = trainer.data_loader.state_dict()  # type: ignore[attr-defined]  # a TrainLoader
+    assert state["passed_over"] == [[epoch, offset, end_epoch, end_offset]]
+    assert (state["epoch"], state["offset"]) == divmod(4 * 5, 12)
+
+
+def test_a_run_that_goes_back_in_vain_gives_up(
+    make_cfg: MakeCfg, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = DefaultTrainer(make_cfg("SOLVER.NON_FINITE", "rollback"))
+    trainer.register_hooks([poisoning(3, times=100)])
+    with pytest.raises(NonFiniteError, match="Iteration 3 on rank 0"):
+        trainer.train()
+    assert caplog.text.count("Rolled back from iteration 3 to 2") == MAX_ROLLBACKS
+    assert f"Rolled back {MAX_ROLLBACKS} times to one checkpoint: giving up" in caplog.text
+    assert trainer.checkpointer.finished_iteration() is None
+
+
+def test_only_the_policy_that_says_so_goes_back(make_cfg: MakeCfg) -> None:
+    raising = DefaultTrainer(make_cfg())
+    raising.register_hooks([poisoning(3)])
+    with pytest.raises(NonFiniteError, match="Iteration 3 on rank 0"):
+        raising.train()
+    skipping = DefaultTrainer(make_cfg("SOLVER.NON_FINITE", "skip"))
+    skipping.register_hooks([poisoning(3)])
+    skipping.train()
+    assert skipping.storage.history("skipped_steps").values() == [(1.0, 3)]
+
+
+def test_going_back_needs_a_loader_that_can_pass_samples_over(make_cfg: MakeCfg) -> None:
+    class PlainLoader(DefaultTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> Any:
+            return [1, 2]
+
+    with pytest.raises(ConfigError, match=r"'rollback', but the data loader \(list\) cannot pass"):
+        PlainLoader(make_cfg("SOLVER.NON_FINITE", "rollback"))
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_one_trains(
+    make_cfg: MakeCfg,
+) -> None:
+    first, second = DefaultTrainer(make_cfg()), DefaultTrainer(make_cfg())
+    refused: list[str] = []
+
+    def train_too(trainer: DefaultTrainer) -> None:
+        with pytest.raises(ConfigError, match="is in use by another trainer of this process") as e:
+            second.train()
+        refused.append(str(e.value))
+
+    first.register_hooks([CallbackHook(before_train=train_too)])
+    first.train()
+    assert len(refused) == 1
+    second.train()
 
 
 def test_an_unknown_test_data_set_is_found_at_start(make_cfg: MakeCfg) -> None:

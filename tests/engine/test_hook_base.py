@@ -7,7 +7,6 @@ import pytest
 from trainkit.engine.hook_base import (
     HookBase,
     StepHooks,
-    call_each,
     check_on_all_ranks,
     hook_keys,
     hooks_state_dict,
@@ -18,6 +17,7 @@ from trainkit.engine.hook_base import (
 )
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.stop_signals import Interruption, StopRequested
 
 
 class Counter(HookBase):
@@ -32,13 +32,6 @@ class Counter(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
-
-
-def failing(text: str) -> Any:
-    def fail() -> None:
-        raise ValueError(text)
-
-    return fail
 
 
 def test_an_unregistered_hook_says_how_to_register_it() -> None:
@@ -80,33 +73,6 @@ def test_only_overriding_hooks_are_found_those_of_an_instance_too() -> None:
     patched.after_step = lambda: None  # type: ignore[method-assign]  # what a user may do
     assert overriding([plain, counter, patched], "after_step") == [counter, patched]
     assert overriding([plain, counter, patched], "before_step") == []
-
-
-def test_call_each_calls_all_and_raises_the_first_error_with_the_others_as_notes() -> None:
-    called: list[str] = []
-    with pytest.raises(ValueError, match=r"^one") as raised:
-        call_each([failing("one"), lambda: called.append("two"), failing("three")])
-    assert called == ["two"]
-    assert len(raised.value.__notes__) == 1
-    assert "fail raised too: ValueError('three')" in raised.value.__notes__[0]
-
-
-def test_call_each_leaves_a_failure_to_its_caller_and_gives_it_the_notes() -> None:
-    failure = RuntimeError("before")
-    call_each([failing("one"), lambda: call_each([failing("two"), failing("three")])], failure)
-    assert [note.split(": ")[1] for note in failure.__notes__] == [
-        "ValueError('one')",
-        "ValueError('two')",
-        "ValueError('three')",
-    ]
-
-
-def test_call_each_raises_inside_an_except_block_too() -> None:
-    try:
-        raise KeyError("handled")
-    except KeyError:
-        with pytest.raises(ValueError, match=r"^new$"):
-            call_each([failing("new")])
 
 
 def test_hooks_of_one_class_are_numbered() -> None:
@@ -157,7 +123,8 @@ def test_pending_hooks_are_those_after_the_running_one() -> None:
 
     step_hooks = StepHooks([Noting(), HookBase(), Noting(), Noting()])
     assert step_hooks.pending == []
-    step_hooks.begin()
+    step_hooks.note_update(4)
+    assert step_hooks.last_update == 4
     assert step_hooks.pending == ["Noting", "Noting#2", "Noting#3"]
     step_hooks.after_step()
     assert seen == [["Noting#2", "Noting#3"], ["Noting#3"], []]
@@ -165,6 +132,31 @@ def test_pending_hooks_are_those_after_the_running_one() -> None:
     seen.clear()
     step_hooks.after_step(["Noting#3", "Noting"])
     assert seen == [["Noting#3"], []]
+
+
+def test_a_hook_that_is_cut_short_is_pending_again_with_those_behind_it() -> None:
+    calls: list[str] = []
+
+    class First(Counter):
+        __qualname__ = "First"
+
+    class Cut(HookBase):
+        __qualname__ = "Cut"
+
+        def after_step(self) -> None:
+            calls.append("cut")
+            if len(calls) == 1:
+                raise StopRequested(Interruption("SIGTERM", 143))
+
+    first, last = First(), Counter()
+    step_hooks = StepHooks([first, Cut(), last])
+    step_hooks.note_update(7)
+    with pytest.raises(StopRequested):
+        step_hooks.after_step()
+    assert step_hooks.pending == ["Cut", "Counter"]
+    step_hooks.after_step(step_hooks.pending)
+    assert (first.count, len(calls), last.count) == (1, 2, 1)
+    assert step_hooks.pending == []
 
 
 def test_a_pending_hook_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:

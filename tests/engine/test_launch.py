@@ -1,13 +1,16 @@
 """Runs itself as a script that launches two processes again and again, and reports by JSON."""
 
+import atexit
 import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import trainkit
+from tests.engine.ranks_run import Fault, train
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.engine.exit_codes import exit_codes
 from trainkit.engine.hooks.callback import CallbackHook
@@ -26,9 +30,8 @@ from trainkit.engine.hooks.evaluation import EvalHook
 from trainkit.engine.launch import launch
 from trainkit.engine.setup import create_ddp_model
 from trainkit.engine.train_loop import SimpleTrainer
-from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.errors import ConfigError
 
 
 def test_one_process_is_a_plain_call_with_its_result() -> None:
@@ -110,25 +113,20 @@ def test_two_processes_know_each_other(reports: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["config_error", "unknown_name", "mismatch"])
-def test_a_users_error_in_one_process_is_raised_as_such(reports: dict[str, Any], case: str) -> None:
-    kinds = {"config_error": ConfigError, "unknown_name": UnknownNameError}
-    error = reports[case]
-    assert error["type"] == kinds.get(case, ResultsMismatchError).__name__
-    assert "of rank 1" in error["text"]
-    assert "__cause__" not in error
+def test_an_error_wins_over_what_it_does_to_the_other_process(reports: dict[str, Any]) -> None:
+    error = reports["waiting"]
+    assert (error["type"], error["text"]) == ("ConfigError", "only rank 1 fails")
+    assert error["notes"] == ["Failed on rank 1, outside of training."]
 
 
 @pytest.mark.slow
-def test_a_users_error_wins_over_what_it_does_to_the_other_process(reports: dict[str, Any]) -> None:
-    assert reports["waiting"] == {"type": "ConfigError", "text": "only rank 0 fails"}
-
-
-@pytest.mark.slow
-def test_any_other_error_keeps_the_processs_traceback(reports: dict[str, Any]) -> None:
-    assert reports["defect"]["type"] == "ProcessRaisedException"
-    assert "in defect" in reports["defect"]["text"]
-    assert "KeyError: 'of rank 1'" in reports["defect"]["text"]
+def test_a_rank_that_was_told_of_an_error_does_not_hide_whose_it_was(
+    reports: dict[str, Any],
+) -> None:
+    error = reports["together"]
+    assert (error["type"], error["text"]) == ("KeyError", "'of rank 1'")
+    assert "in together" in error["cause"]
+    assert "KeyError: 'of rank 1'" in error["cause"]
 
 
 @pytest.mark.slow
@@ -178,12 +176,49 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000003.pth"]
 
 
-@pytest.mark.slow
-def test_torchrun_is_recognised(tmp_path: Path) -> None:
-    done = run_script(tmp_path, "who", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+@pytest.fixture(scope="module")
+def torchruns_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = run_script(folder, "metrics", "-m", "torch.distributed.run", "--nproc-per-node", "2")
     assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"who-{rank}.json").read_text()) for rank in range(2)]
-    assert found == [[2, 0, 0, 2], [2, 1, 1, 2]]
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_torchrun_is_recognised(torchruns_reports: dict[str, Any]) -> None:
+    assert torchruns_reports["metrics-0"]["rank"] == torchruns_reports["metrics-1"]["rank"]
+    assert torchruns_reports["metrics-0"]["rank"][0] == [0.5, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no names of threads")
+def test_no_thread_of_gloo_is_left_to_abort_a_process_of_torchrun_as_it_ends(
+    torchruns_reports: dict[str, Any],
+) -> None:
+    for rank in range(2):
+        threads = torchruns_reports[f"threads-{rank}"]
+        assert threads
+        assert [name for name in threads if "gloo" in name] == []
+
+
+@pytest.mark.slow
+def test_torchrun_names_the_first_failure_with_its_traceback(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "waiting", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert done.returncode == 1
+    _, others, first = re.split("Failures:|Root Cause", done.stderr)
+    assert "rank      : 0" in others
+    assert "rank      : 1" in first
+    assert "in waiting" in first
+    assert "ConfigError: only rank 1 fails" in first
+
+
+@pytest.mark.slow
+def test_torchrun_sees_the_exit_code_of_a_run_that_a_signal_ended(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path, "signal_to_one", "-m", "torch.distributed.run", "--nproc-per-node", "2"
+    )
+    assert re.search(r"exitcode  : 143 ", done.stderr), done.stderr
+    assert "model_0000007.pth" in {path.name for path in tmp_path.glob("*.pth")}
 
 
 # From here on: what the processes run.
@@ -198,30 +233,23 @@ def who(folder: str) -> None:
     report(folder, f"who-{comm.get_rank()}", numbers)
 
 
-def config_error(folder: str) -> None:
-    if comm.get_rank() == 1:
-        raise ConfigError("of rank 1")
-
-
-def unknown_name(folder: str) -> None:
-    if comm.get_rank() == 1:
-        raise UnknownNameError("model", "of rank 1", ["resnet"])
-
-
-def mismatch(folder: str) -> None:
-    if comm.get_rank() == 1:
-        raise ResultsMismatchError("of rank 1")
-
-
 def waiting(folder: str) -> None:
-    if comm.get_rank() == 0:
-        raise ConfigError("only rank 0 fails")
+    if comm.get_rank() == 1:
+        atexit.register(time.sleep, 1.0)  # So that the other one is the first to be gone.
+        raise ConfigError("only rank 1 fails")
     comm.synchronize()
 
 
-def defect(folder: str) -> None:
-    if comm.get_rank() == 1:
-        raise KeyError("of rank 1")
+def together(folder: str) -> None:
+    def fail() -> None:
+        if comm.get_rank() == 1:
+            raise KeyError("of rank 1")
+
+    comm.together(fail)
+
+
+def signal_to_one(folder: str) -> None:
+    train(Path(folder), Fault("forward", 5, signal.SIGTERM))
 
 
 class Net(nn.Module):
@@ -283,6 +311,7 @@ def missing_hook(folder: str) -> None:
 
 def metrics(folder: str) -> None:
     trainer = ddp_trainer()
+    trainer.cycle = lambda: trainer  # type: ignore[attr-defined]  # as users' code has them
     trainer.train(0, 5)
     names = ("rank", "only 1", "data_time", "loss")
     content = {name: trainer.storage.history(name).values() for name in names}
@@ -319,7 +348,7 @@ def ctrl_c(folder: str) -> None:
     trainer.train(0, 1000)
 
 
-RAISING: list[Callable[[str], None]] = [config_error, unknown_name, mismatch, waiting, defect]
+RAISING: list[Callable[[str], None]] = [waiting, together]
 TRAINING: list[Callable[[str], None]] = [nan, missing_hook, metrics, stop]
 
 
@@ -327,6 +356,8 @@ def main(folder: str, case: str) -> None:
     if case != "all":
         with exit_codes():
             launch(globals()[case], 2, args=(folder,))
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        report(folder, f"threads-{os.environ['RANK']}", threads)
         return
     returned = launch(who, 2, args=(folder,))
     report(folder, "who", {"returned": returned, "initialized": dist.is_initialized()})
@@ -334,8 +365,8 @@ def main(folder: str, case: str) -> None:
         try:
             launch(function, 2, args=(folder,))
         except Exception as e:
-            error = {"type": type(e).__name__, "text": str(e)}
-            report(folder, function.__name__, error)
+            error = {"type": type(e).__name__, "text": str(e), "cause": str(e.__cause__)}
+            report(folder, function.__name__, {**error, "notes": e.__notes__})
     for function in TRAINING:
         launch(function, 2, args=(folder,))
 

@@ -1,10 +1,23 @@
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from trainkit.engine.losses import micro_batch_weights, parse_losses
+from trainkit.engine.losses import (
+    BufferCopies,
+    micro_batch_weights,
+    parse_losses,
+    poisoned_if_not_finite,
+    reducing_gradients,
+    rehearse,
+)
 from trainkit.utils.errors import ConfigError
 
 
@@ -69,3 +82,91 @@ def test_micro_batches_weigh_by_their_samples() -> None:
 def test_micro_batches_of_unknown_size_weigh_alike() -> None:
     assert micro_batch_weights([torch.zeros(3), "?"]) == [0.5, 0.5]
     assert micro_batch_weights([torch.zeros(3)]) == [1.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_makes_each_gradient_so_even_one_that_would_be_zero(
+    bad: float,
+) -> None:
+    used, unused = loss(1.0), loss(1.0)
+    poisoned_if_not_finite(used + 0.0 * unused + torch.tensor(bad)).backward()
+    assert used.grad is not None
+    assert unused.grad is not None
+    assert [used.grad.isnan().item(), unused.grad.isnan().item()] == [True, True]
+
+
+def test_a_finite_loss_stays_as_it_is() -> None:
+    finite = loss(2.0)
+    assert poisoned_if_not_finite(finite) is finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_on_a_device_nothing_waits_for_the_loss(fake_cuda: Any, bad: float) -> None:
+    fine, broken = fake_cuda(torch.tensor(2.0)), fake_cuda(torch.tensor(bad))
+    # Where updates are not judged before they are made, nothing is done either.
+    assert poisoned_if_not_finite(broken) is broken
+    judged = [poisoned_if_not_finite(value, judges_now=True) for value in (fine, broken)]
+    assert fake_cuda.num_transfers == 0
+    with fake_cuda.transfers_allowed():
+        assert judged[0].item() == 2.0
+        assert math.isnan(judged[1].item())
+
+
+class Normalized(nn.Module):
+    """Has running statistics, and draws random numbers in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.dropout(self.norm(x)).sum()
+        return output
+
+
+def test_buffers_are_put_back_those_included_that_were_poisoned() -> None:
+    model = Normalized()
+    model(torch.randn(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    buffers = BufferCopies(model)
+    model(torch.full((4, 3), math.nan))
+    assert model.norm.running_mean is not None
+    assert model.norm.running_mean.isnan().all()
+    buffers.restore()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.fixture
+def ddp(tmp_path: Path) -> Iterator[DistributedDataParallel]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    yield DistributedDataParallel(Normalized())
+    dist.destroy_process_group()
+
+
+def test_a_rehearsal_leaves_model_and_generators_as_they_were(ddp: DistributedDataParallel) -> None:
+    before, rng = copy.deepcopy(ddp.state_dict()), torch.get_rng_state()
+    rehearsed: list[bool] = []
+
+    def forward_backward() -> None:
+        ddp(torch.randn(4, 3)).backward()
+        rehearsed.append(ddp.module.norm.weight.grad is not None)
+
+    rehearse(ddp, forward_backward)
+    assert rehearsed == [True]
+    assert all(torch.equal(value, before[name]) for name, value in ddp.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in ddp.parameters())
+
+
+def test_a_model_of_one_process_needs_no_rehearsal() -> None:
+    rehearse(Normalized(), lambda: pytest.fail("it has no buckets"))
+
+
+@pytest.mark.parametrize(("is_last", "reduces"), [(True, True), (False, False)])
+def test_only_the_last_micro_batch_reduces_over_ranks(
+    ddp: DistributedDataParallel, is_last: bool, reduces: bool
+) -> None:
+    with reducing_gradients(ddp, is_last):
+        assert ddp.require_backward_grad_sync == reduces

@@ -22,6 +22,7 @@ from trainkit.engine.metric_sync import (
     raise_if_not_finite,
     reduce_rows,
 )
+from trainkit.engine.non_finite import NonFiniteError
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
@@ -146,6 +147,29 @@ def test_the_rank_whose_loss_it_was_is_named_and_not_one_with_the_common_gradien
     bad, fine = {"grad_norm": math.nan, "total_loss": math.nan}, {"total_loss": 1.0}
     with pytest.raises(FloatingPointError, match=r"Iteration 2 on rank 1 .*total_loss=nan"):
         raise_if_not_finite([{2: {"grad_norm": math.nan, **fine}}, {2: bad}])
+
+
+@pytest.mark.parametrize(
+    ("bad", "asked"),
+    [
+        ({"total_loss": math.nan, "grad_norm": math.nan}, (2, 1)),
+        # It is the same on all ranks, and blames none of them.
+        ({"total_loss": 1.0, "grad_norm": math.nan}, (2, None)),
+    ],
+)
+def test_the_error_tells_samples_of_the_rank_to_blame_or_of_all(
+    bad: dict[str, float], asked: tuple[int, int | None]
+) -> None:
+    norm = {"total_loss": 1.0, "grad_norm": bad["grad_norm"]}
+    questions: list[tuple[int, int | None]] = []
+
+    def describe(iteration: int, rank: int | None) -> str:
+        questions.append((iteration, rank))
+        return "Its samples: 7. "
+
+    with pytest.raises(NonFiniteError, match=r"\. Its samples: 7\. No checkpoint holds") as e:
+        raise_if_not_finite([{1: {"total_loss": 1.0}, 2: norm}, {2: bad}], describe)
+    assert (questions, e.value.iteration) == ([asked], 2)
 
 
 @pytest.mark.parametrize("name", ["grad_norm", "total_loss", "val/total_loss"])

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_setup_seeds(tmp_path: Path) -> None:
         default_setup(cfg_of(tmp_path), args)
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1]
+
+
+def test_deterministic_mode_refuses_what_has_no_deterministic_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    args = default_argument_parser().parse_args([])
+    default_setup(cfg_of(tmp_path, "DETERMINISTIC", True, "CUDNN_BENCHMARK", True), args)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])

@@ -8,20 +8,32 @@ from typing import Any
 
 import pytest
 
-from trainkit.engine import interrupt
 from trainkit.engine.hook_base import HookBase
+from trainkit.engine.hooks.callback import CallbackHook
+from trainkit.engine.preemption import PreemptedExit
 from trainkit.engine.train_loop import TrainerBase
+from trainkit.utils import stop_signals
+from trainkit.utils.stop_signals import Interruption, StopRequested, raise_if_stopping
+
+LEAVING = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: PreemptedExit,
+    signal.SIGUSR1: PreemptedExit,
+}
 
 
-class CtrlC(HookBase):
-    def __init__(self, at: int, times: int = 1) -> None:
+class Signalled(HookBase):
+    """Gets signals in one of its methods, in one iteration."""
+
+    def __init__(self, at: int, *signals: int, method: str = "before_step") -> None:
         self.at = at
-        self.times = times
+        self.signals = signals
+        setattr(self, method, self._get)
 
-    def before_step(self) -> None:
+    def _get(self) -> None:
         if self.trainer.iter == self.at:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+            for signum in self.signals:
+                os.kill(os.getpid(), signum)
 
 
 class Stop(HookBase):
@@ -231,7 +243,8 @@ def test_an_interrupted_run_is_not_at_its_end(loop: Any, recorder: Any) -> None:
     trainer.register_hooks([Stop(at=2, finished=False), recorder(log)])
     trainer.train(0, 10)
     assert trainer.steps == [0, 1, 2]
-    assert (trainer.iter, trainer.max_iter, trainer.interruption) == (3, 10, "enough")
+    assert (trainer.iter, trainer.max_iter) == (3, 10)
+    assert trainer.interruption == Interruption("enough")
     assert log[-2:] == ["a.after_step 2", "a.after_train 3"]
     trainer.register_hooks([])
     trainer.train(3, 4)
@@ -295,30 +308,126 @@ def test_a_state_is_not_used_by_a_run_that_starts_elsewhere(loop: Any) -> None:
     assert other.steps == list(range(10))
 
 
-def test_ctrl_c_finishes_the_step_and_the_hooks(loop: Any, recorder: Any) -> None:
+@pytest.mark.parametrize("signum", LEAVING)
+@pytest.mark.parametrize("method", ["before_step", "after_step"])
+def test_a_signal_finishes_the_step_and_the_hooks(
+    loop: Any, recorder: Any, signum: signal.Signals, method: str
+) -> None:
     log: list[str] = []
     trainer = loop()
-    trainer.register_hooks([CtrlC(at=2), recorder(log)])
-    with pytest.raises(KeyboardInterrupt):
+    trainer.register_hooks([Signalled(2, signum, method=method), recorder(log)])
+    handler = signal.getsignal(signum)
+    with pytest.raises(LEAVING[signum]):
         trainer.train(0, 10)
     assert trainer.steps == [0, 1, 2]
-    assert (trainer.iter, trainer.interruption) == (3, "Ctrl-C")
+    assert (trainer.iter, trainer.interruption) == (3, Interruption(signum.name, 128 + signum))
     assert log[-2:] == ["a.after_step 2", "a.after_train 3"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signum) is handler
+
+
+def test_a_signal_before_the_first_step_leaves_before_it(loop: Any, recorder: Any) -> None:
+    log: list[str] = []
+    trainer = loop()
+    trainer.register_hooks([Signalled(4, signal.SIGTERM, method="before_train"), recorder(log)])
+    with pytest.raises(PreemptedExit):
+        trainer.train(4, 10)
+    assert (trainer.steps, trainer.iter) == ([], 4)
+    assert log == ["a.before_train 4", "a.after_train 4"]
+
+
+def test_a_signal_in_the_last_step_leaves_an_interrupted_run(loop: Any, recorder: Any) -> None:
+    log: list[str] = []
+    trainer = loop()
+    trainer.register_hooks([Signalled(4, signal.SIGTERM), recorder(log)])
+    with pytest.raises(PreemptedExit):
+        trainer.train(0, 5)
+    assert (trainer.iter, trainer.max_iter) == (5, 5)
+    assert trainer.interruption is not None
+    assert log[-1] == "a.after_train 5"
+
+
+def test_an_error_in_the_step_of_a_signal_reaches_the_caller(loop: Any, recorder: Any) -> None:
+    log: list[str] = []
+    trainer = loop(fail_at=2)
+    trainer.register_hooks([Signalled(2, signal.SIGTERM), recorder(log)])
+    with pytest.raises(RuntimeError, match="step 2"):
+        trainer.train(0, 10)
+    # Nothing whole is there, so no hook may take it for an interruption worth saving.
+    assert (trainer.iter, trainer.interruption) == (2, None)
+    assert log[-1] == "a.after_train 2"
 
 
 def test_a_second_ctrl_c_leaves_inside_the_step(
     loop: Any, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interrupt, "ONE_PRESS_SECONDS", 0.0)
+    monkeypatch.setattr(stop_signals, "COPY_SECONDS", 0.0)
     log: list[str] = []
     trainer = loop()
-    trainer.register_hooks([CtrlC(at=2, times=2), recorder(log)])
+    trainer.register_hooks([Signalled(2, signal.SIGINT, signal.SIGINT), recorder(log)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train(0, 10)
     assert trainer.steps == [0, 1]
     # Nothing whole is there, so no hook may take it for an interruption worth saving.
     assert (trainer.iter, trainer.interruption) == (2, None)
+    assert log[-1] == "a.after_train 2"
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_step_that_is_left_at_once_is_not_done(loop: Any, recorder: Any, at: int) -> None:
+    log: list[str] = []
+    trainer = loop()
+
+    def leave(trainer: Any) -> None:
+        if trainer.iter == at:
+            raise StopRequested(Interruption("SIGTERM", 143))
+
+    trainer.register_hooks([recorder(log), CallbackHook(before_step=leave)])
+    with pytest.raises(PreemptedExit):
+        trainer.train(0, 10)
+    assert trainer.steps == list(range(at))
+    assert (trainer.iter, trainer.storage.iter) == (at, at)
+    assert log[-2:] == [f"a.before_step {at}", f"a.after_train {at}"]
+    state = trainer.state_dict()
+    assert (state["iteration"], state["pending"]) == (at - 1, [])
+
+
+def test_hooks_that_a_resume_makes_up_for_may_be_left_at_once_too(loop: Any) -> None:
+    class Leaving(HookBase):
+        __qualname__ = "Leaving"
+
+        def after_step(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise_if_stopping()
+
+    states: list[dict[str, Any]] = []
+    for start_iter in (0, 1):
+        trainer = loop()
+        trainer.register_hooks([Leaving(), Stop(at=0, finished=True)])
+        if states:
+            trainer.load_state_dict(states[-1])
+        with pytest.raises(PreemptedExit):
+            trainer.train(start_iter, 5)
+        assert trainer.iter == 1
+        states.append(trainer.state_dict())
+    assert [(state["iteration"], state["pending"]) for state in states] == [
+        (0, ["Leaving", "Stop"]),
+        (0, ["Leaving", "Stop"]),
+    ]
+
+
+def test_work_at_the_end_that_is_left_at_once_lets_the_other_hooks_end(
+    loop: Any, recorder: Any
+) -> None:
+    log: list[str] = []
+
+    def evaluate(trainer: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise_if_stopping()
+
+    trainer = loop()
+    trainer.register_hooks([CallbackHook(after_train=evaluate), recorder(log)])
+    with pytest.raises(PreemptedExit):
+        trainer.train(0, 2)
     assert log[-1] == "a.after_train 2"
 
 

@@ -3,17 +3,24 @@
 import copy
 import logging
 import math
+import os
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from trainkit.data.build import TrainLoader
+from trainkit.data.samplers.distributed_sampler import TrainingSampler
+from trainkit.data.samplers.order import Position
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
+from trainkit.engine.non_finite import NonFiniteError
+from trainkit.engine.preemption import PreemptedExit
 from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.solver.clip import GradientClipper
 from trainkit.utils.errors import CheckpointError, ConfigError
@@ -213,6 +220,138 @@ def test_a_bad_step_on_the_cpu_raises_before_the_update(
     assert trainer.iter == 2
     assert len(seen) == 2
     assert same(weights(trainer), seen[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_bad_step_is_skipped_before_the_update(
+    simple: MakeTrainer, regression: Any, kind: str, accumulate: int
+) -> None:
+    trainer = simple(
+        Poisoned(regression(), kind, at=2 * accumulate), accumulate=accumulate, non_finite="skip"
+    )
+    seen: list[list[torch.Tensor]] = []
+    momentum: list[list[torch.Tensor]] = []
+
+    def note(trainer: SimpleTrainer) -> None:
+        states = trainer.optimizer.state.values()
+        seen.append(weights(trainer))
+        momentum.append([state["momentum_buffer"].clone() for state in states])
+
+    trainer.register_hooks([CallbackHook(after_step=note)])
+    trainer.train(0, 5)
+    assert same(seen[2], seen[1])
+    assert same(momentum[2], momentum[1])
+    assert not same(seen[3], seen[2])
+    # Its values stay out of the metrics, where they would linger.
+    history = trainer.storage.history("total_loss").values()
+    assert [iteration for _, iteration in history] == [0, 1, 3, 4]
+    assert trainer.storage.history("skipped_steps").values() == [(1.0, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_to_roll_back_from_raises_before_the_update(
+    simple: MakeTrainer, regression: Any, kind: str
+) -> None:
+    trainer = simple(Poisoned(regression(), kind, at=2), non_finite="rollback")
+    seen: list[list[torch.Tensor]] = []
+    trainer.register_hooks([CallbackHook(after_step=lambda t: seen.append(weights(t)))])
+    with pytest.raises(NonFiniteError, match="Iteration 2 on rank 0") as e:
+        trainer.train(0, 5)
+    assert e.value.iteration == 2
+    assert same(weights(trainer), seen[-1])
+
+
+def test_steps_that_were_skipped_are_counted_over_a_resume(
+    simple: MakeTrainer, regression: Any
+) -> None:
+    trainer = simple(Poisoned(regression(), "nan", at=1), non_finite="skip")
+    trainer.train(0, 2)
+    resumed = simple(Poisoned(regression(), "nan", at=1), non_finite="skip")
+    resumed.load_state_dict(trainer.state_dict())
+    resumed.train(2, 5)
+    assert resumed.storage.history("skipped_steps").values() == [(1.0, 1), (2.0, 3)]
+
+
+@pytest.mark.parametrize("policy", ["raise", "rollback"])
+def test_the_error_of_a_bad_step_tells_its_samples(
+    simple: MakeTrainer, regression: Any, samples: list[Any], policy: str
+) -> None:
+    loader = TrainLoader(samples, TrainingSampler(10, seed=3), 4, accumulate=2, seed=3)
+    keys = loader.samples_at(Position(0, 8))
+    listed = ", ".join(f"{epoch}:{offset}={index}" for index, epoch, offset in keys)
+    model = Poisoned(regression(), "nan", at=5)
+    trainer = simple(model, loader, accumulate=2, non_finite=policy)
+    with pytest.raises(NonFiniteError, match=f"epoch:offset=index: {listed}\\. No checkpoint"):
+        trainer.train(0, 5)
+
+
+def test_of_a_plain_loader_the_batch_is_told(simple: MakeTrainer, regression: Any) -> None:
+    trainer = simple(Poisoned(regression(), "nan", at=7))
+    with pytest.raises(NonFiniteError, match="The step began with batch 2 of epoch 1"):
+        trainer.train(0, 9)
+
+
+def test_no_state_is_given_out_by_hooks_that_end_after_a_bad_step(
+    simple: MakeTrainer, regression: Any
+) -> None:
+    trainer = simple(Poisoned(regression(), "nan", at=1))
+    trainer.register_hooks([CallbackHook(after_train=lambda t: t.state_dict())])
+    with pytest.raises(NonFiniteError) as e:
+        trainer.train(0, 3)
+    assert any("there is no whole state to save" in note for note in e.value.__notes__)
+
+
+@pytest.mark.parametrize("method", ["before_train", "before_step"])
+def test_a_save_before_a_step_does_not_hide_that_it_is_bad(
+    simple: MakeTrainer, regression: Any, method: str
+) -> None:
+    trainer = simple(Poisoned(regression(), "nan", at=0))
+    before = weights(trainer)
+    trainer.register_hooks([CallbackHook(**{method: lambda t: t.state_dict()})])
+    with pytest.raises(NonFiniteError, match="Iteration 0 on rank 0"):
+        trainer.train(0, 3)
+    assert same(weights(trainer), before)
+
+
+class Signalling(Dataset[Any]):
+    """Gets a signal while a sample of a given number is fetched, for the first time."""
+
+    def __init__(self, samples: list[Any], at: int) -> None:
+        self.samples = samples
+        self.at = at
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        self.at -= 1
+        if self.at == -1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("at", [0, 5, 14])
+def test_a_signal_during_a_fetch_leaves_before_the_step_and_a_resume_is_exact(
+    simple: MakeTrainer, regression: Any, samples: list[Any], at: int
+) -> None:
+    def make(at: int) -> SimpleTrainer:
+        dataset = Signalling(samples, at)
+        loader = TrainLoader(dataset, TrainingSampler(10, seed=3), 4, accumulate=2, seed=3)
+        return simple(regression(dropout=0.5), loader, accumulate=2, seed=3)
+
+    unbroken, broken, resumed = make(-1), make(at), make(-1)
+    unbroken.train(0, 6)
+    with pytest.raises(PreemptedExit):
+        broken.train(0, 6)
+    assert broken.iter == at // 4
+    resumed.model.load_state_dict(broken.model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(broken.state_dict()))
+    resumed.train(broken.iter, 6)
+    assert same(weights(resumed), weights(unbroken))
+    # As it would in a notebook.
+    broken.train(broken.iter, 6)
+    assert same(weights(broken), weights(unbroken))
 
 
 def test_no_state_is_given_out_after_a_bad_step_that_nobody_noticed(simple: MakeTrainer) -> None:

@@ -2,6 +2,8 @@ import contextlib
 import gc
 import itertools
 import logging
+import os
+import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from trainkit.evaluation.evaluator import (
 )
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
+from trainkit.utils.stop_signals import Interruption, StopRequested, stop_signals
 
 
 class SumEvaluator(DatasetEvaluator):
@@ -161,16 +164,81 @@ def test_a_failing_batch_leaves_the_model_as_it_was() -> None:
     assert len(model.modes) == 1
 
 
-def test_an_error_on_another_rank_is_raised_before_results_are_exchanged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Exchanging(SumEvaluator):
-        def evaluate(self) -> dict[str, Any]:
-            raise AssertionError("the rank that failed never comes here, so this one would wait")
+class Signalled(SumEvaluator):
+    """Gets a signal while it takes in a batch of a given number."""
 
-    monkeypatch.setattr(comm, "all_gather", lambda own: [own, ConfigError("bad image")])
-    with pytest.raises(ConfigError, match="rank 1 failed: bad image"):
-        inference_on_dataset(Doubler(), batches(1), Exchanging())
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        super().process(inputs, outputs)
+        if len(self.inputs) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(self) -> dict[str, Any]:
+        raise AssertionError("of a part of the data")
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_signal_is_noticed_after_the_batch_in_which_it_came(at: int) -> None:
+    model, evaluator = Doubler(), Signalled(at)
+    with stop_signals(lambda *args, **kwargs: None), pytest.raises(StopRequested) as stop:
+        inference_on_dataset(model, iter(batches(4)), evaluator)
+    assert stop.value.interruption == Interruption("SIGTERM", 143)
+    assert len(evaluator.inputs) == at
+    assert model.training
+
+
+class OtherRank:
+    """A second rank that has its own number of batches, and a signal from one meeting on."""
+
+    def __init__(self, num_batches: int, stops_at: int | None = None) -> None:
+        self.num_batches = num_batches
+        self.stops_at = stops_at
+        self.num_meetings = -1
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        self.num_meetings += 1
+        if self.num_meetings == 0:
+            return torch.stack([own, torch.tensor(self.num_batches)])
+        stops = self.stops_at is not None and self.num_meetings >= self.stops_at
+        return torch.stack([own, torch.tensor(143 if stops else 0)])
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "meetings"),
+    [(0, 0, 1), (19, 19, 1), (20, 20, 2), (45, 45, 3), (45, 39, 2), (45, 40, 3), (39, 45, 2)],
+)
+def test_ranks_meet_now_and_then_while_all_have_batches_and_once_at_the_end(
+    own: int, others: int, meetings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = OtherRank(others)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather_tensor", rank.gather)
+    inference_on_dataset(Doubler(), batches(own), SumEvaluator())
+    assert rank.num_meetings == meetings
+
+
+def test_ranks_without_a_known_length_meet_at_the_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = OtherRank(100)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather_tensor", rank.gather)
+    inference_on_dataset(Doubler(), iter(batches(100)), SumEvaluator())
+    assert rank.num_meetings == 1
+
+
+@pytest.mark.parametrize(("stops_at", "num_judged"), [(1, 20), (2, 40), (3, 45)])
+def test_a_signal_to_another_rank_is_noticed_when_ranks_meet(
+    stops_at: int, num_judged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather_tensor", OtherRank(45, stops_at).gather)
+    evaluator = Signalled(at=-1)
+    with pytest.raises(StopRequested) as stop:
+        inference_on_dataset(Doubler(), batches(45), evaluator)
+    assert stop.value.interruption.exit_code == 143
+    assert len(evaluator.inputs) == num_judged
 
 
 def test_a_failed_evaluation_keeps_nothing_alive() -> None:

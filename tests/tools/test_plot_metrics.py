@@ -63,6 +63,8 @@ def test_null_is_a_gap_and_a_metric_may_be_in_some_lines_only(run: Path) -> None
         ('{"x": 1}\n', "is damaged: line 1"),
         ('{"iteration": 3, "x": "high"}\n', "is damaged: line 1"),
         ('{"iteration": Infinity, "x": 1}\n', "is damaged: line 1"),
+        ('{"iteration": 1e300, "x": 1}\n', "is damaged: line 1"),
+        ('{"iteration": 1, "x": ' + "[" * 100_000 + "\n", "is damaged: line 1"),
         ("[1, 2]\n", "is damaged: line 1"),
         ("\x00\x00\x00\n", "is damaged: line 1"),
     ],
@@ -229,3 +231,12 @@ def test_missing_matplotlib_is_answered_with_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([str(run)]) == 1
     assert "pip install 'trainkit[plot]'" in capsys.readouterr().err
+
+
+def test_names_and_values_that_cannot_be_drawn_do_no_harm(tmp_path: Path) -> None:
+    names = ["loss$x^{$", "loss\ud800", "loss\0", "_loss", "loss/", "loss\n\n"]
+    lines = [{"iteration": i, **dict.fromkeys(names, v)} for i, v in enumerate((1e308, -1e308, 1))]
+    file = tmp_path / "metrics.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="ascii")
+    assert main([str(file)]) == 0
+    assert (tmp_path / "metrics.png").stat().st_size > 0

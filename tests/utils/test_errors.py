@@ -5,6 +5,7 @@ import pytest
 from trainkit.utils.errors import (
     USER_ERRORS,
     CheckpointError,
+    CheckpointWriteError,
     ConfigError,
     UnknownNameError,
     nearest_name,
@@ -31,6 +32,7 @@ def test_unknown_name_error_says_when_nothing_is_known() -> None:
     [
         ConfigError("text"),
         CheckpointError("text"),
+        CheckpointWriteError("text"),
         UnknownNameError("model", "x", iter(["y", "z"])),
     ],
 )

@@ -1,10 +1,13 @@
 """`Checkpointer`: saves the whole state of a run, and finds the newest that can be trusted."""
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +16,12 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from trainkit.checkpoint import folder as run_folder
-from trainkit.checkpoint.format import load_checkpoint, verify, write_checkpoint
+from trainkit.checkpoint.format import (
+    explaining,
+    load_checkpoint,
+    load_safetensors,
+    write_checkpoint,
+)
 from trainkit.checkpoint.manifest import Fact, Manifest, read_manifest
 from trainkit.checkpoint.matching import (
     align_names,
@@ -26,12 +34,26 @@ from trainkit.checkpoint.matching import (
 )
 from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointError
-from trainkit.utils.file_io import PathManager, write_atomically
+from trainkit.utils.file_io import PathManager, leads_out, write_atomically
 
 _TRANSFER = (
     "To take over the weights that fit, set MODEL.WEIGHTS to the file and start without --resume, "
     "or in another OUTPUT_DIR."
 )
+
+
+@contextlib.contextmanager
+def _naming(what: str, path: str) -> Iterator[None]:
+    """Turns whatever a state that does not fit makes fail into what a user can mend."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:
+        raise CheckpointError(
+            f"Cannot restore {what} from {path}: {type(e).__name__}: {e}. It was saved by another "
+            f"configuration. {_TRANSFER}"
+        ) from e
 
 
 class Checkpointer(_Checkpointer):
@@ -44,6 +66,8 @@ class Checkpointer(_Checkpointer):
         model: Unwrapped from DistributedDataParallel, DataParallel and torch.compile.
         save_dir: Folder of the checkpoints, made when it is needed; "" saves nothing.
         save_to_disk: Whether to save at all; rank 0's counts.
+        trust_pickle: Whether code in a file that `load` is given may run; in what is resumed from
+            it never does.
         checkpointables: Objects with `state_dict` and `load_state_dict`, by name.
 
     Attributes:
@@ -58,6 +82,7 @@ class Checkpointer(_Checkpointer):
         save_dir: str | os.PathLike[str] = "",
         *,
         save_to_disk: bool = True,
+        trust_pickle: bool = False,
         **checkpointables: Any,
     ) -> None:
         super().__init__(
@@ -68,6 +93,8 @@ class Checkpointer(_Checkpointer):
         self.facts: dict[str, Fact] = {}
         self.loaded_manifest: Manifest | None = None
         self._saved: tuple[object, ...] = ()
+        self._trust_pickle = trust_pickle
+        self._may_run_code = False
 
     def save(self, name: str, **extra: Any) -> None:
         """Saves model, checkpointables and extra data as `{name}.pth`, and points to it.
@@ -77,8 +104,8 @@ class Checkpointer(_Checkpointer):
             extra: Tensors and plain values; `iteration` enters the manifest too.
 
         Raises:
-            CheckpointError: If something in the state cannot be stored, or the storage fails; what
-                was saved before is intact then.
+            CheckpointError: If something in the state cannot be stored.
+            CheckpointWriteError: If the storage refuses it; what was saved before is intact then.
         """
         if self.save_untagged(name, **extra) and comm.is_main_process():
             self.tag_last_checkpoint(f"{name}.pth")
@@ -93,7 +120,9 @@ class Checkpointer(_Checkpointer):
             return False
         if os.path.basename(name) != name or not name:
             raise ValueError(f"The checkpoint's name is {name!r}; give a file name, not a path.")
-        data = comm.together(lambda: self._state(extra))
+        parts = {"model": self.model, **self.checkpointables}
+        # One by one: a part may communicate.
+        data = {name: comm.together(part.state_dict) for name, part in parts.items()} | extra
         comm.on_main(lambda: self._write(name, data))
         return True
 
@@ -101,7 +130,8 @@ class Checkpointer(_Checkpointer):
         """Loads what fits into the model, and the checkpointables, from one file.
 
         Args:
-            path: Path or address of the file; "" loads nothing.
+            path: Path or address of the file, on the web with its SHA-256, as in
+                `https://host/x.pth#sha256=…`; "" loads nothing.
             checkpointables: Names of those to load; None loads all, [] the model only.
 
         Returns:
@@ -206,53 +236,46 @@ class Checkpointer(_Checkpointer):
             marker = Path(self.save_dir, run_folder.FINISHED)
             comm.on_main(lambda: marker.unlink(missing_ok=True) if self.save_to_disk else None)
 
-    def _state(self, extra: dict[str, Any]) -> dict[str, Any]:
-        states = {name: obj.state_dict() for name, obj in self.checkpointables.items()}
-        return {"model": self.model.state_dict(), **states, **extra}
-
     def _write(self, name: str, data: dict[str, Any]) -> None:
         folder = Path(self.save_dir)
         path = folder / f"{name}.pth"
-        try:
+        iteration = data.get("iteration")
+        start = time.perf_counter()
+        with explaining(path, data):
             folder.mkdir(parents=True, exist_ok=True)
             run_folder.remove_stale(folder)
-        except OSError as e:
-            raise CheckpointError(
-                f"Cannot save checkpoint {path}: {e}. Set OUTPUT_DIR to a folder that can be "
-                "written."
-            ) from e
-        iteration = data.get("iteration")
-        write_checkpoint(
-            data,
-            path,
-            iteration=iteration if isinstance(iteration, int) else None,
-            world_size=comm.get_world_size(),
-            facts=self.facts,
-            after_ns=run_folder.newest_time_ns(folder),
-        )
-        self.logger.info("Saved checkpoint to %s", path)
-        self._saved = run_folder.signature(path)
+            write_checkpoint(
+                data,
+                path,
+                iteration=iteration if isinstance(iteration, int) else None,
+                world_size=comm.get_world_size(),
+                facts=self.facts,
+                after_ns=run_folder.newest_time_ns(folder),
+            )
+            num_bytes, self._saved = path.stat().st_size, run_folder.signature(path)
+        seconds = time.perf_counter() - start
+        self.logger.info(f"Saved checkpoint to {path}: {num_bytes:,} bytes in {seconds:.2f} s")
 
     def _ranked(self) -> list[Path]:
         return run_folder.newest_first(Path(self.save_dir)) if self.save_dir else []
 
     def _newest_valid(self) -> str:
         for path in self._ranked():
-            verdict = verify(path)
-            if verdict.state != "damaged":
+            fault = run_folder.find_fault(path)
+            if not fault:
                 return os.fspath(path)
-            self.logger.warning("Skipping the damaged checkpoint %s: %s", path, verdict.reason)
+            self.logger.warning("Skipping the damaged checkpoint %s: %s", path, fault)
         return ""
 
     def _is_valid(self, path: Path) -> bool:
         # What this process wrote last is not read again at every save.
-        return run_folder.signature(path) == self._saved or verify(path).state != "damaged"
+        return run_folder.signature(path) == self._saved or not run_folder.find_fault(path)
 
     def _resume(self, candidates: list[str]) -> dict[str, Any]:
         faults = []
         for path in candidates:
             try:
-                checkpoint = self._read(path)
+                checkpoint = self._read(path, is_own=True)
                 self._check_is_of_run(checkpoint, path)
             except CheckpointError as e:
                 # Its text only: a handler that keeps records would keep the frames of the error.
@@ -269,11 +292,14 @@ class Checkpointer(_Checkpointer):
             + "\nPut a sound one there, or start anew in another OUTPUT_DIR or without --resume."
         )
 
-    def _read(self, path: str) -> dict[str, Any]:
-        """Verifies and loads a file on every rank, each its own copy, or on none."""
+    def _read(self, path: str, *, is_own: bool = False) -> dict[str, Any]:
+        """Verifies and loads a file, `save_dir`'s own or another, on every rank or on none."""
+        self._may_run_code = self._trust_pickle and not is_own
 
         def read() -> tuple[dict[str, Any], Manifest | None]:
             local = self._local_path(path)
+            if is_own and leads_out(local):
+                raise CheckpointError(f"{path} was refused: {run_folder.find_fault(Path(local))}.")
             return find_weights(self._load_file(local), path), read_manifest(local)
 
         checkpoint, self.loaded_manifest = comm.together(read)
@@ -284,7 +310,7 @@ class Checkpointer(_Checkpointer):
         if not os.path.isfile(local):
             try:
                 local = self.path_manager.get_local_path(path)
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, HTTPException) as e:
                 raise CheckpointError(f"Cannot fetch checkpoint {path!r}: {e}") from e
         if not os.path.isfile(local):
             raise CheckpointError(run_folder.describe_missing(path))
@@ -296,7 +322,9 @@ class Checkpointer(_Checkpointer):
         Returns:
             A dict with "model" or "state_dict", or of weights alone.
         """
-        return cast(dict[str, Any], load_checkpoint(f))
+        if f.endswith(".safetensors"):
+            return load_safetensors(f)
+        return cast(dict[str, Any], load_checkpoint(f, trust_pickle=self._may_run_code))
 
     def _check_is_of_run(self, checkpoint: dict[str, Any], path: str) -> None:
         missing = [name for name in self.checkpointables if name not in checkpoint]
@@ -320,7 +348,8 @@ class Checkpointer(_Checkpointer):
     def _restore(
         self, checkpoint: dict[str, Any], path: str, names: Iterable[str]
     ) -> dict[str, Any]:
-        incompatible = self._load_model(checkpoint)
+        with _naming("the model", path):
+            incompatible = self._load_model(checkpoint)
         # Subclasses written for fvcore may return nothing.
         if incompatible is not None:
             self._log_incompatible_keys(incompatible)
@@ -328,13 +357,8 @@ class Checkpointer(_Checkpointer):
             if name not in checkpoint:
                 self.logger.warning("%s has no state of %s, which stays as it is", path, name)
                 continue
-            try:
+            with _naming(name, path):
                 self.checkpointables[name].load_state_dict(checkpoint.pop(name))
-            except (KeyError, ValueError) as e:
-                raise CheckpointError(
-                    f"Cannot restore {name} from {path}: {type(e).__name__}: {e}. It was saved by "
-                    f"another configuration. {_TRANSFER}"
-                ) from e
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:

@@ -4,16 +4,16 @@ import json
 import logging
 import os
 from pathlib import Path
-from stat import S_ISREG
 
-from trainkit.checkpoint.format import temporary_path
+from trainkit.checkpoint.format import temporary_path, verify
 from trainkit.checkpoint.manifest import DamagedError, read_end, read_manifest
 from trainkit.utils.errors import nearest_name
+from trainkit.utils.file_io import leads_out
 
 POINTER = "last_checkpoint"
 FINISHED = "finished.json"
 
-_MAX_POINTER_BYTES = 4096
+_MAX_BYTES = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,22 @@ def newest_first(folder: Path) -> list[Path]:
     follow: the one that the pointer names, then the others by their time of change.
     """
     tagged = _read_pointer(folder)
-    ranks = {path: _rank(path, path.name == tagged) for path in folder.glob("*.pth")}
+    ranks = {path: _rank(path, path.name == tagged) for path in _published(folder)}
     ranked = {path: rank for path, rank in ranks.items() if rank is not None}
     return sorted(ranked, key=lambda path: (ranked[path], path.name), reverse=True)
 
 
 def newest_time_ns(folder: Path) -> int:
     """Returns the largest time in any manifest of a folder, or 0."""
-    manifests = (read_manifest(path) for path in folder.glob("*.pth"))
+    manifests = map(read_manifest, _published(folder))
     return max((m.saved_at_ns for m in manifests if m is not None), default=0)
+
+
+def find_fault(path: Path) -> str:
+    """Returns what keeps a checkpoint from being used, as the end of a sentence, or ""."""
+    if leads_out(path):
+        return f"it is a link out of this folder, to {os.path.realpath(path)}: put that file here"
+    return verify(path).reason
 
 
 def signature(path: Path) -> tuple[object, ...]:
@@ -56,8 +63,7 @@ def remove_stale(folder: Path) -> None:
 def read_finished(folder: Path) -> int | None:
     """Returns the last iteration of a run that came to its end, or None if this one has not."""
     try:
-        content = json.loads((folder / FINISHED).read_bytes())
-        iteration = content["iteration"]
+        iteration = json.loads(_read_small(folder / FINISHED))["iteration"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -75,9 +81,10 @@ def read_finished(folder: Path) -> int | None:
 def describe_missing(path: str) -> str:
     """Returns what to tell a user who named a checkpoint that is not there."""
     folder, name = Path(path).parent, Path(path).name
-    if Path(path).is_dir():
+    # Not Path's: they raise for a name that is too long.
+    if os.path.isdir(path):
         return f"{path!r} is a folder. Name a file in it: {_list_checkpoints(Path(path))}."
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"There is no checkpoint {path!r}: there is no folder {str(folder)!r} either."
     nearest = nearest_name(name, (entry.name for entry in folder.iterdir()))
     if nearest:
@@ -85,26 +92,36 @@ def describe_missing(path: str) -> str:
     return f"There is no checkpoint {path!r}. That folder holds {_list_checkpoints(folder)}."
 
 
+def _published(folder: Path) -> list[Path]:
+    # Regular files and links to them: a named pipe would be waited for when it is opened.
+    return [path for path in folder.glob("*.pth") if os.path.isfile(path)]
+
+
+def _read_small(path: Path) -> bytes:
+    """Returns the first bytes of a file that has no more if it is ours."""
+    if path.is_fifo():
+        raise OSError("a named pipe, which would be waited for")
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)
+
+
 def _rank(path: Path, is_tagged: bool) -> tuple[bool, bool, int] | None:
     try:
-        stat = path.stat()
+        changed_at = path.stat().st_mtime_ns
     except OSError:
-        return None
-    if not S_ISREG(stat.st_mode):
         return None
     try:
         manifest = read_end(path).manifest
     except (DamagedError, OSError):
-        return True, False, stat.st_mtime_ns
+        return True, False, changed_at
     if manifest is None:
-        return False, is_tagged, stat.st_mtime_ns
+        return False, is_tagged, changed_at
     return True, False, manifest.saved_at_ns
 
 
 def _read_pointer(folder: Path) -> str:
     try:
-        with (folder / POINTER).open("rb") as file:
-            return file.read(_MAX_POINTER_BYTES).decode("utf-8", "replace").strip()
+        return _read_small(folder / POINTER).decode("utf-8", "replace").strip()
     except OSError:
         return ""
 

@@ -23,12 +23,16 @@ Fact = str | int | float | bool
 SCHEMA = 1
 END_RECORD_BYTES = 22
 MAX_JSON_BYTES = 4096
+BARE_PICKLE = "it is a bare pickle, which could run code"
 
+_INT64 = range(-(2**63), 2**63)
 _MAX_COMMENT_BYTES = 65_535
 _COMMENT = re.compile(r"trainkit-manifest 1 ([0-9a-f]{64}) (\{.*\})")
 _ZIP_START, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
 # Before its zip format, torch.save began with its magic number, pickled by protocol 2.
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# Of protocol 2, which detectron2's model zoo has, and later ones.
+_PICKLE_START = b"\x80"
 
 
 class DamagedError(Exception):
@@ -81,7 +85,8 @@ def to_comment(manifest: Manifest) -> bytes:
     """
     try:
         text = json.dumps(asdict(manifest), allow_nan=False).encode("ascii")
-    except (TypeError, ValueError) as e:
+        _from_json(text.decode("ascii"))
+    except (TypeError, ValueError, DamagedError) as e:
         raise CheckpointError(
             f"The facts {manifest.facts!r} cannot be written as JSON ({e}). Give each as a string, "
             "a finite number or a bool."
@@ -111,6 +116,8 @@ def read_end(path: str | os.PathLike[str]) -> FileEnd:
         raise DamagedError("it is empty")
     if start == _LEGACY_START:
         return FileEnd(None, None)
+    if start.startswith(_PICKLE_START):
+        raise DamagedError(BARE_PICKLE)
     at = tail.rfind(_ZIP_END)
     if at < 0 or len(tail) - at < END_RECORD_BYTES:
         is_cut = start.startswith(_ZIP_START)
@@ -158,12 +165,25 @@ def _from_json(text: str) -> Manifest:
     """Checks types too: the file may have been made by somebody who can compute a SHA-256."""
     try:
         entries = json.loads(text)
-        if entries["schema"] != SCHEMA:
-            raise DamagedError(f"its manifest has schema {entries['schema']}, not {SCHEMA}")
+        schema = entries["schema"]
+        if schema in range(SCHEMA + 1, 1000):
+            raise DamagedError(
+                f"its manifest has schema {schema}, so a later trainkit wrote it, and this one, "
+                f"which reads schema {SCHEMA}, cannot tell whether it is sound. Update trainkit"
+            )
         manifest = Manifest(**entries)
     except (KeyError, TypeError, ValueError, RecursionError):
         raise DamagedError("its manifest has other entries than it should") from None
-    numbers = (manifest.iteration or 0, manifest.world_size, manifest.saved_at_ns, manifest.bytes)
-    if not all(isinstance(n, int) for n in numbers) or not isinstance(manifest.facts, dict):
+    if not _has_types(manifest):
         raise DamagedError("its manifest has entries of a wrong type")
     return manifest
+
+
+def _has_types(m: Manifest) -> bool:
+    numbers = (m.world_size, m.saved_at_ns, m.bytes, 0 if m.iteration is None else m.iteration)
+    return (
+        m.schema == SCHEMA
+        and all(isinstance(n, int) and n in _INT64 for n in numbers)
+        and (isinstance(m.versions, dict) and isinstance(m.facts, dict))
+        and all(isinstance(value, Fact) for value in m.facts.values())
+    )

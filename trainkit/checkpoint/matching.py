@@ -52,9 +52,10 @@ def find_weights(data: Any, path: str) -> dict[str, Any]:
     """
     if isinstance(data, dict):
         for key in ("model", "state_dict"):
-            if isinstance(data.get(key), dict):
+            if _is_state_dict(data.get(key)):
                 return {**{k: v for k, v in data.items() if k != key}, "model": data[key]}
-        if data and all(isinstance(v, (torch.Tensor, np.ndarray)) for v in data.values()):
+        is_weights = all(isinstance(v, (torch.Tensor, np.ndarray)) for v in data.values())
+        if data and is_weights and _is_state_dict(data):
             return {"model": data}
     keys = ", ".join(map(str, list(data)[:_MAX_ROWS])) if isinstance(data, dict) else ""
     raise CheckpointError(
@@ -163,6 +164,11 @@ def tabulate_differences(found: Sequence[Difference]) -> str:
     return tabulate(
         rows, headers=["key", "in the checkpoint", "in the model"], disable_numparse=True
     )
+
+
+def _is_state_dict(value: Any) -> bool:
+    parts = (value, getattr(value, "_metadata", {}))
+    return all(isinstance(p, dict) and all(isinstance(key, str) for key in p) for p in parts)
 
 
 def _fits(value: Any, own: Any) -> bool:

@@ -51,9 +51,9 @@ def tensor_bytes(data: Any) -> int:
     """Returns the bytes that the tensors in `data` take in a file; shared memory counts once."""
     storages: dict[int, int] = {}
     for _, value in _leaves(data, "", set()):
-        if type(value) in _TENSORS and value.layout == torch.strided:
+        if type(value) in _TENSORS and value.layout == torch.strided and not value.is_meta:
             storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 

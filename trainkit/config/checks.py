@@ -4,6 +4,7 @@ What one builder can judge alone, or only together with other settings or the ma
 there: MAX_ITER, the sharing of batches, the schedules, clipping, devices, and all names.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ class _Rule(NamedTuple):
 
 
 def _integer(least: int) -> _Rule:
-    return _Rule(f"an integer of at least {least}", lambda x: isinstance(x, int) and x >= least)
+    return _Rule(
+        f"an integer in [{least}, 2**31)", lambda x: isinstance(x, int) and least <= x < 2**31
+    )
 
 
 def _one_of(*choices: str) -> _Rule:
@@ -37,20 +40,32 @@ def _or_none(rule: _Rule) -> _Rule:
     return _Rule(f"{rule.words} or None", lambda x: x is None or rule.accepts(x))
 
 
+def _is_path(x: Any) -> bool:
+    try:
+        return x != "" and b"\0" not in os.fsencode(x)
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
 # Comparisons are written so that NaN, with which each of them is false, is refused.
 _FINITE = _Rule(
     "a finite number of at least 0", lambda x: isinstance(x, (int, float)) and 0 <= x < float("inf")
 )
 _BELOW_1 = _Rule("in [0, 1)", lambda x: isinstance(x, (int, float)) and 0 <= x < 1)
+_NUMBER = _Rule("a finite number", lambda x: isinstance(x, (int, float)) and abs(x) < float("inf"))
+_NAME = _Rule("a name", lambda x: isinstance(x, str))
 _PROBABILITY = _Rule("in [0, 1]", lambda x: isinstance(x, (int, float)) and 0 <= x <= 1)
 
 _RULES = {
+    "OUTPUT_DIR": _Rule("a path", _is_path),
     "SEED": _Rule("an integer below 2**63", lambda x: isinstance(x, int) and x < 2**63),
     "FLOAT32_PRECISION": _one_of("", "highest", "high", "medium"),
     "LOG_PERIOD": _integer(0),
     "GATHER_METRIC_PERIOD": _integer(1),
     "LIMIT_BATCHES": _integer(0),
     "MODEL.NUM_CLASSES": _integer(1),
+    "MODEL.PIXEL_MEAN": _each(_NUMBER),
+    "MODEL.PIXEL_STD": _each(_NUMBER),
     "MODEL.DROPOUT": _BELOW_1,
     "MODEL.LABEL_SMOOTHING": _BELOW_1,
     "MODEL.BACKBONE.WIDTHS": _each(_integer(1)),
@@ -58,6 +73,8 @@ _RULES = {
     "INPUT.CROP_PADDING": _integer(0),
     "INPUT.FLIP_PROB": _PROBABILITY,
     "INPUT.ERASE_PROB": _PROBABILITY,
+    "DATASETS.TRAIN": _each(_NAME),
+    "DATASETS.TEST": _each(_NAME),
     "DATALOADER.NUM_WORKERS": _integer(0),
     "SOLVER.BASE_LR": _FINITE,
     "SOLVER.MOMENTUM": _BELOW_1,
@@ -72,7 +89,9 @@ _RULES = {
     "SOLVER.WARMUP_FACTOR": _FINITE,
     "SOLVER.WARMUP_ITERS": _integer(0),
     "SOLVER.CHECKPOINT_PERIOD": _integer(0),
+    "SOLVER.NON_FINITE": _one_of("raise", "skip", "rollback"),
     "CHECKPOINT.MAX_TO_KEEP": _integer(0),
+    "CHECKPOINT.ON_ERROR": _one_of("raise", "warn"),
     "TEST.EVAL_PERIOD": _integer(0),
     "TEST.IMS_PER_BATCH": _integer(1),
 }

@@ -1,5 +1,6 @@
 """`CfgNode`: a tree of settings with fixed keys and types, from files and KEY VALUE pairs."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import IO, Any
@@ -10,6 +11,16 @@ from fvcore.common.config import CfgNode as _CfgNode
 
 from trainkit.utils.errors import ConfigError, nearest_name
 from trainkit.utils.file_io import PathManager
+
+# Of one file, what aliases repeat included; and of files below one file.
+_MAX_CHARS, _MAX_DEPTH, _MAX_BASES = 1 << 18, 50, 50
+_TOO_LARGE = (
+    f"it has more than {_MAX_CHARS:,} characters, counted as often as aliases repeat them, or more "
+    f"than {_MAX_DEPTH} levels"
+)
+_PLAIN_TYPES = (tuple, list, str, int, float, bool, type(None))
+# The names of the sections that lead to a key, and its own.
+_Keys = tuple[str, ...]
 
 
 class CfgNode(_CfgNode):
@@ -41,18 +52,10 @@ class CfgNode(_CfgNode):
                 Python objects are refused.
 
         Raises:
-            ConfigError: If a file is missing, empty, not valid YAML, or not a mapping.
+            ConfigError: If a file is missing, empty, not valid YAML, or not a mapping, or one on
+                the web has no SHA-256, as in `https://host/x.yaml#sha256=…`, or another.
         """
-        _read_mapping(cls, filename)
-        try:
-            loaded: dict[str, Any] = super().load_yaml_with_base(filename)
-        except AssertionError as e:
-            raise ConfigError(
-                f"{filename}: {e} A section of a file and of its {BASE_KEY} must both be sections."
-            ) from None
-        except RecursionError:
-            raise ConfigError(f"{filename}: its {BASE_KEY} leads back to itself.") from None
-        return loaded
+        return _merged(_read_with_bases(cls, filename))[0]
 
     def clone(self) -> "CfgNode":
         """Returns a deep copy, as frozen as this node is."""
@@ -65,12 +68,8 @@ class CfgNode(_CfgNode):
         Raises:
             ConfigError: If the file cannot be read, or a key or a value's type does not fit.
         """
-        loaded = self.load_yaml_with_base(os.fspath(cfg_filename))
-
-        def place(path: tuple[str, ...]) -> str:
-            return _defining_file(type(self), cfg_filename, path) or cfg_filename
-
-        _merge(self, loaded, (), place)
+        merged, places = _merged(_read_with_bases(type(self), os.fspath(cfg_filename)))
+        _merge(self, merged, (), places.__getitem__)
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         """Overwrites values with `[key, value, key, value, …]`, as a command line gives them.
@@ -114,7 +113,7 @@ class CfgNode(_CfgNode):
         )
 
 
-def _merge(node: _CfgNode, loaded: dict[str, Any], path: tuple[str, ...], place: Any) -> None:
+def _merge(node: _CfgNode, loaded: dict[str, Any], path: _Keys, place: Any) -> None:
     """Merges `loaded` into `node`; `place(path)` names where the value at a path came from."""
     for key, value in loaded.items():
         here = (*path, str(key))
@@ -133,7 +132,7 @@ def _merge(node: _CfgNode, loaded: dict[str, Any], path: tuple[str, ...], place:
             setattr(node, key, _coerce(value, node[key], here, place))
 
 
-def _unknown_key(node: _CfgNode, path: tuple[str, ...], place: str) -> ConfigError:
+def _unknown_key(node: _CfgNode, path: _Keys, place: str) -> ConfigError:
     nearest = nearest_name(path[-1], node)
     section = ".".join(path[:-1])
     name = f"{section}.{nearest}" if section else nearest
@@ -141,30 +140,69 @@ def _unknown_key(node: _CfgNode, path: tuple[str, ...], place: str) -> ConfigErr
     return ConfigError(f"{place}: {'.'.join(path)} is not a config key. {hint}")
 
 
-def _coerce(value: Any, current: Any, path: tuple[str, ...], place: Any) -> Any:
+def _coerce(value: Any, current: Any, path: _Keys, place: Any) -> Any:
     """Returns `value` in the type of `current`: strings are read as literals, ints as floats."""
     # A string stays as it was written where a string is due: an OUTPUT_DIR may be called 123.
-    if not isinstance(current, str):
-        value = _CfgNode._decode_cfg_value(value)
+    if isinstance(value, str) and not isinstance(current, str):
+        value = _decode(value)
     wanted = type(current)
-    if current is None or type(value) is wanted:
+    if type(value) is wanted or (current is None and isinstance(value, _PLAIN_TYPES)):
         return value
     # `inf` is no literal, but what people write for it.
-    if wanted is float and (type(value) is int or value == "inf"):
+    if wanted is float and (value == "inf" or (type(value) is int and abs(value) < 2**1000)):
         return float(value)
     if wanted in (tuple, list) and isinstance(value, (tuple, list)):
         return wanted(value)
+    must = "a plain value" if current is None else f"of type {wanted.__name__}, like {current!r}"
     raise ConfigError(
         f"{place(path)}: {'.'.join(path)} is {value!r}, of type {type(value).__name__}, but must "
-        f"be of type {wanted.__name__}, like {current!r}."
+        f"be {must}."
     )
+
+
+def _decode(text: str) -> Any:
+    """Returns the value that a string spells in Python's literals, or else the string."""
+    try:
+        value = _CfgNode._decode_cfg_value(text)
+        # An integer of thousands of digits could not be shown in an error.
+        repr(value)
+    except (MemoryError, RecursionError, ValueError):
+        return text
+    return value
+
+
+def _read_with_bases(
+    node_type: type[CfgNode], filename: str, num_before: int = 0
+) -> list[tuple[str, dict[str, Any]]]:
+    """Reads a file and those below it, each once: names and contents, the ones that win last."""
+    loaded = _read_mapping(node_type, filename)
+    bases = loaded.pop(BASE_KEY, [])
+    files: list[tuple[str, dict[str, Any]]] = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ConfigError(f"{filename}: {BASE_KEY} is {bases!r}, but must be a path or a list.")
+        if num_before + len(files) >= _MAX_BASES:
+            raise ConfigError(
+                f"{filename}: its {BASE_KEY} leads back to itself, or to over {_MAX_BASES} files."
+            )
+        path = os.path.expanduser(base)
+        path = path if "://" in path else os.path.join(os.path.dirname(filename), path)
+        files += _read_with_bases(node_type, path, num_before + len(files) + 1)
+    return [*files, (filename, loaded)]
 
 
 def _read_mapping(node_type: type[CfgNode], filename: str) -> dict[str, Any]:
     """Reads one YAML file without its bases."""
     try:
         with node_type._open_cfg(filename) as file:
-            loaded = yaml.safe_load(file)
+            text = file.read(_MAX_CHARS + 1)
+        if len(text) > _MAX_CHARS:
+            raise yaml.YAMLError(_TOO_LARGE)
+        loaded = yaml.load(text, _Loader)
+        # An integer of thousands of digits could not be shown in an error.
+        repr(loaded)
+    except ConfigError:
+        raise
     except OSError as e:
         raise ConfigError(
             f"Cannot read the config file {filename!r}: {e.strerror or e}. Check the path after "
@@ -175,7 +213,9 @@ def _read_mapping(node_type: type[CfgNode], filename: str) -> dict[str, Any]:
             f"{filename}: {e.problem}{e.problem_mark}. YAML tags that build Python objects are "
             "refused, since they can run code. Write a plain value."
         ) from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: not UTF-8, or a 13th month.
+    except Exception as e:
+        # PyYAML lets through what its parts raise: a ValueError for a 13th month, or bytes that are
+        # not UTF-8, a KeyError for `!!bool x`, a RecursionError for many brackets.
         raise ConfigError(f"{filename} is not valid YAML: {e}") from None
     if not isinstance(loaded, dict):
         found = "empty" if loaded is None else f"a {type(loaded).__name__}"
@@ -183,33 +223,57 @@ def _read_mapping(node_type: type[CfgNode], filename: str) -> dict[str, Any]:
             f"The config file {filename!r} is {found}; it must hold sections and keys such as "
             "'SOLVER: {MAX_ITER: 100}'."
         )
-    if not all(isinstance(base, str) for base in _bases(loaded)):
-        raise ConfigError(
-            f"{filename}: {BASE_KEY} is {loaded[BASE_KEY]!r}, but must be a path or a list."
-        )
     return loaded
 
 
-def _bases(loaded: dict[str, Any]) -> list[Any]:
-    bases = loaded.get(BASE_KEY, [])
-    return bases if isinstance(bases, list) else [bases]
+def _merged(files: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[_Keys, str]]:
+    """Returns what the files say together, and which of them says it."""
+    merged: dict[str, Any] = {}
+    places: dict[_Keys, str] = {}
+    for filename, loaded in files:
+        _overlay(merged, loaded, (), filename, places)
+    return merged, places
 
 
-def _defining_file(node_type: type[CfgNode], filename: str, path: tuple[str, ...]) -> str | None:
-    """Names the file that sets the key at `path`: `filename`, or the base whose value counts."""
-    loaded = _read_mapping(node_type, filename)
-    value: Any = loaded
-    for key in path:
-        if not isinstance(value, dict) or key not in value:
-            break
-        value = value[key]
-    else:
-        return filename
-    for base in reversed(_bases(loaded)):
-        base_file = os.path.expanduser(base)
-        if "://" not in base_file:
-            base_file = os.path.join(os.path.dirname(filename), base_file)
-        found = _defining_file(node_type, base_file, path)
-        if found:
-            return found
-    return None
+def _overlay(
+    base: dict[str, Any],
+    loaded: dict[str, Any],
+    path: _Keys,
+    filename: str,
+    places: dict[_Keys, str],
+) -> None:
+    for key, value in loaded.items():
+        here = (*path, str(key))
+        places[here] = filename
+        if not isinstance(value, dict):
+            base[key] = value
+        elif isinstance(section := base.setdefault(key, {}), dict):
+            _overlay(section, value, here, filename, places)
+        else:
+            raise ConfigError(
+                f"{filename}: {'.'.join(here)} is a section here and a value below {BASE_KEY}; "
+                "both must be sections."
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for files that no alias makes larger than a config can be."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        num_chars, depth = _measure(node, {}) if node else (0, 0)
+        if num_chars > _MAX_CHARS or depth > _MAX_DEPTH:
+            raise yaml.YAMLError(_TOO_LARGE)
+        return node
+
+
+def _measure(node: Any, known: dict[Any, tuple[float, int]]) -> tuple[float, int]:
+    """Returns the characters and levels that a node stands for; infinity if it holds itself."""
+    if node not in known:
+        known[node] = math.inf, 0
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes = [_measure(child, known) for child in children] or [(len(node.value), 0)]
+        known[node] = 1 + sum(size for size, _ in sizes), 1 + max(depth for _, depth in sizes)
+    return known[node]

@@ -12,6 +12,9 @@ _C.OUTPUT_DIR = "./output"
 _C.SEED = -1
 # Lets cuDNN try its algorithms and keep the fastest: not deterministic.
 _C.CUDNN_BENCHMARK = False
+# Uses deterministic kernels only, and refuses operations that have none; docs/reliability.md says
+# what it costs. On a GPU, a resumed run is bit-exact only with this.
+_C.DETERMINISTIC = False
 # torch.set_float32_matmul_precision: "", "highest", "high" or "medium". "" leaves torch's setting.
 _C.FLOAT32_PRECISION = ""
 # Iterations between two lines of log and metrics.
@@ -30,7 +33,12 @@ _C.MODEL.CHANNELS_LAST = True
 # A name in META_ARCH_REGISTRY.
 _C.MODEL.META_ARCHITECTURE = "ImageClassifier"
 # Checkpoint whose weights a new run starts from: what fits is loaded, the rest is reported.
+# From the web with its SHA-256: https://host/model.pth#sha256=<64 hexadecimal digits>.
 _C.MODEL.WEIGHTS = ""
+# Whether MODEL.WEIGHTS may be a file that runs code when it is loaded, such as a .pkl of
+# detectron2's model zoo. Such code can do all that you can, so only for files whose makers you
+# trust. Checkpoints in OUTPUT_DIR, and all others, never run code.
+_C.MODEL.TRUST_PICKLE = False
 # Classes of the data sets.
 _C.MODEL.NUM_CLASSES = 10
 # Mean and standard deviation of each input channel, in pixel values (0 to 255); Fashion-MNIST's.
@@ -111,6 +119,10 @@ _C.SOLVER.WARMUP_METHOD = "linear"
 _C.SOLVER.RESCALE_INTERVAL = False
 # Iterations between two checkpoints; 0 saves only at the end.
 _C.SOLVER.CHECKPOINT_PERIOD = 500
+# What a loss or gradient that is not finite does: raise ends the run, skip leaves that update out,
+# rollback goes back to the last checkpoint and passes the batch over. The last two wait for an
+# accelerator in every step.
+_C.SOLVER.NON_FINITE = "raise"
 
 _C.SOLVER.CLIP_GRADIENTS = CfgNode()
 # Whether gradients are clipped before each update.
@@ -125,6 +137,9 @@ _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
 _C.CHECKPOINT = CfgNode()
 # Periodic checkpoints to keep, those of earlier processes included; 0 keeps all.
 _C.CHECKPOINT.MAX_TO_KEEP = 3
+# What a save that the storage refuses (full, read-only, failing) does to the run: raise ends it,
+# warn says so and trains on. The saves at the end and on interruption always raise.
+_C.CHECKPOINT.ON_ERROR = "raise"
 
 _C.TEST = CfgNode()
 # Iterations between two evaluations; 0 evaluates only at the end.

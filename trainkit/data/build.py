@@ -1,6 +1,7 @@
 """The training loader, whose state is a position, and the builders that read the config."""
 
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, default_collate
 
 from trainkit.config.config import CfgNode
 from trainkit.data.catalog import DatasetCatalog
-from trainkit.data.common import MapDataset, SeededBatches, worker_init_fn
+from trainkit.data.common import MapDataset, SeededBatches, WatchedLoader
 from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, InferenceSampler
 from trainkit.data.samplers.order import EndlessOrder, EpochSampler, Position, SampleKey
 from trainkit.data.transforms import (
@@ -26,6 +27,7 @@ from trainkit.utils import comm
 from trainkit.utils.device import resolve_device
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.random import isolated_rng
+from trainkit.utils.stop_signals import interruptible
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class TrainLoader:
         self.collate_fn = collate_fn
         self.pin_memory = pin_memory
         self._position = Position(epoch=0, offset=0)
+        self._passed_over: list[tuple[Position, Position]] = []
         self._live_iterator = 0
         sampler.seed = seed
 
@@ -90,11 +93,36 @@ class TrainLoader:
         self._live_iterator += 1
         return self._micro_batches(self._live_iterator)
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns the seed, and the position behind the last step that was yielded whole."""
-        return {"seed": self.seed, **self._position._asdict()}
+    @property
+    def position(self) -> Position:
+        """Where the next step begins."""
+        return self._position
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def samples_at(self, position: Position, rank: int | None = None) -> list[SampleKey]:
+        """Returns the samples of the step that begins at a position: one rank's share, or all."""
+        order = EndlessOrder(self.sampler)
+        start = self._start_of_step(order, position)
+        if rank is None:
+            return order.take(start, self.batch_size)
+        chunks = [self._chunk(order, start, number, rank) for number in range(self.accumulate)]
+        return list(itertools.chain.from_iterable(chunks))
+
+    def pass_over(self, position: Position) -> None:
+        """Leaves out the samples of the step that begins there; the state holds that too."""
+        order = EndlessOrder(self.sampler)
+        start = self._start_of_step(order, position)
+        end = order.advance(start, self.batch_size)
+        self._passed_over = sorted({*self._passed_over, (start, end)})
+        self._live_iterator += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seed, and the position behind the last step that was yielded whole."""
+        state: dict[str, Any] = {"seed": self.seed, **self._position._asdict()}
+        if self._passed_over:
+            state["passed_over"] = [[*begin, *end] for begin, end in self._passed_over]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the next `iter()` start where `state` was taken, with its seed; O(1)."""
         if state["seed"] != self.seed:
             logger.warning(
@@ -105,6 +133,9 @@ class TrainLoader:
             )
         self.seed = self.sampler.seed = state["seed"]
         self._position = Position(state["epoch"], state["offset"])
+        # What this process has passed over since that state was taken stays passed over.
+        loaded = [(Position(*p[:2]), Position(*p[2:])) for p in state.get("passed_over", [])]
+        self._passed_over = sorted({*self._passed_over, *loaded})
         self._live_iterator += 1
 
     def _micro_batches(self, number: int) -> Iterator[Any]:
@@ -121,13 +152,15 @@ class TrainLoader:
             if batches is None:
                 batches = iter(self._data_loader(positions))
             # Fetching in this process must not be felt by the one who trains in it.
-            with isolated_rng() if self.num_workers == 0 else contextlib.nullcontext():
+            isolation = isolated_rng() if self.num_workers == 0 else contextlib.nullcontext()
+            # Nothing is lost here by a signal: the position moves on once the batch is there.
+            with isolation, interruptible():
                 batch = next(batches)
             self._position = positions.popleft()
             yield batch
 
     def _data_loader(self, positions: deque[Position]) -> DataLoader[Any]:
-        return DataLoader(
+        return WatchedLoader(
             SeededBatches(self.dataset, self.sampler, self.seed, self.collate_fn),
             batch_size=None,  # The sampler's entries are batches already.
             sampler=self._keys(self._position, positions),
@@ -136,20 +169,32 @@ class TrainLoader:
             pin_memory=self.pin_memory,
             # Without one, the seed of the workers would be drawn from the global generator.
             generator=torch.Generator(),
-            worker_init_fn=worker_init_fn(),
         )
 
     def _keys(self, start: Position, positions: deque[Position]) -> Iterator[list[SampleKey]]:
         order = EndlessOrder(self.sampler)
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        chunk = self.batch_size // (world_size * self.accumulate)
         while True:
+            start = self._start_of_step(order, start)
             end = order.advance(start, self.batch_size)
             for number in range(self.accumulate):
                 positions.append(end if number == self.accumulate - 1 else start)
-                skipped = (number * world_size + rank) * chunk
-                yield order.take(order.advance(start, skipped), chunk)
+                yield self._chunk(order, start, number, comm.get_rank())
             start = end
+
+    def _start_of_step(self, order: EndlessOrder, position: Position) -> Position:
+        """Returns where the next step draws from: behind what is passed over."""
+        for begin, end in self._passed_over:
+            if position < end and begin < order.advance(position, self.batch_size):
+                position = end
+        return position
+
+    def _chunk(
+        self, order: EndlessOrder, start: Position, micro_batch: int, rank: int
+    ) -> list[SampleKey]:
+        """Returns what a rank takes in one micro-batch of the step that begins at `start`."""
+        world_size = comm.get_world_size()
+        size = self.batch_size // (world_size * self.accumulate)
+        return order.take(order.advance(start, (micro_batch * world_size + rank) * size), size)
 
 
 def _identity(batch: Any) -> Any:
@@ -250,12 +295,11 @@ def build_test_loader(
     if dataset is None:
         dataset = DatasetCatalog.get(dataset_name)
     _check_not_empty(dataset, repr(dataset_name))
-    return DataLoader(
+    return WatchedLoader(
         dataset if mapper is None else MapDataset(dataset, mapper),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         sampler=InferenceSampler(len(dataset)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         generator=torch.Generator(),  # As in TrainLoader.
-        worker_init_fn=worker_init_fn(),
     )

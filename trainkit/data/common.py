@@ -1,18 +1,22 @@
 """Fetching: a sample and a batch as functions of the data set, the seed and the position."""
 
+import contextlib
 import functools
+import multiprocessing.connection
 import os
 import select
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from trainkit.data.samplers.order import EpochSampler, SampleKey
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.random import hash64, seed_generators
+from trainkit.utils.stop_signals import SIGNALS, StopRequested
 
 _SAMPLE_TAG = int.from_bytes(b"sample", "big")
 _COLLATE_TAG = int.from_bytes(b"collate", "big")
@@ -29,19 +33,106 @@ def worker_init_fn() -> Callable[[int], None]:
 def _tie_to(trainer_pid: int, worker: int) -> None:
     """Ties a worker to the process that trains: it outlives no kill, and ends at nothing less.
 
-    Ctrl-C reaches every process of a terminal. The training process finishes its step and saves; a
-    worker that ended at once would make that step fail.
+    Signals reach every process of a terminal, or of a scheduler's job. The training process
+    finishes its step and saves; a worker that ended at once would make that step fail.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in SIGNALS:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # The trainer itself ends its workers by SIGTERM.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_signal_of, args=(trainer_pid,), daemon=True).start()
     if hasattr(os, "pidfd_open"):
         # torch's workers watch for their parent, which is another process with a fork server.
         descriptor = os.pidfd_open(trainer_pid)
         threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
 
 
+def _end_by_signal_of(trainer_pid: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer_pid:
+        continue
+    os._exit(0)
+
+
 def _end_with(process_descriptor: int) -> None:
     select.select([process_descriptor], [], [])
     os._exit(1)
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker of a data loader that ended before its time."""
+
+
+class WatchedLoader(DataLoader[Any]):
+    """A DataLoader whose workers are tied to this process, and whose death is told as such.
+
+    Args:
+        dataset: As for DataLoader.
+        kwargs: Further arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, **{"worker_init_fn": worker_init_fn(), **kwargs})
+
+    def __iter__(self) -> Any:
+        """Yields the batches.
+
+        Raises:
+            WorkerDiedError: If a worker has died; a resume goes on exactly.
+        """
+        with _sigterm_blocked():
+            batches = super().__iter__()
+        workers = getattr(batches, "_workers", [])
+        _explain_deaths()
+        try:
+            yield from batches
+        except StopRequested:
+            # Else the save would wait five seconds for each that waits for its storage.
+            for worker in workers:
+                worker.terminate()
+            raise
+        except Exception:
+            # Its connections break a moment before it is gone.
+            sentinels = [worker.sentinel for worker in workers]
+            if sentinels and multiprocessing.connection.wait(sentinels, timeout=0.5):
+                raise _died("A worker process of the data loader died.") from None
+            raise
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Has workers that are started here live through a signal that comes before they are tied."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _died(cause: str) -> WorkerDiedError:
+    return WorkerDiedError(
+        f"{cause} Usually the machine ran out of memory, or of room in /dev/shm: lower "
+        "DATALOADER.NUM_WORKERS, and go on with --resume."
+    )
+
+
+def _explain_deaths() -> None:
+    """Has torch's handler, which raises wherever the main thread is then, raise our error."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and getattr(handler, "__module__", "").startswith("torch.utils.data"):
+        signal.signal(signal.SIGCHLD, functools.partial(_on_death, handler))
+
+
+def _on_death(handler: Any, signum: int, frame: FrameType | None) -> None:
+    try:
+        handler(signum, frame)
+    except RuntimeError as e:
+        raise _died(str(e).strip()) from None
 
 
 class MapDataset(Dataset[Any]):

@@ -14,6 +14,8 @@ from trainkit.utils.random import get_rng_state, isolated_rng, set_rng_state
 
 logger = logging.getLogger(__name__)
 
+_MAX_LISTED = 256
+
 
 class BatchStream:
     """Draws batches endlessly: a loader that ends is begun again, as the next epoch.
@@ -52,6 +54,43 @@ class BatchStream:
             batch = self._next_of_next_epoch()
         self._num_consumed += 1
         return batch
+
+    @property
+    def place(self) -> Any:
+        """Where the next batch begins: the loader's position, or (epoch, batches consumed)."""
+        return getattr(self._loader, "position", (self._epoch, self._num_consumed))
+
+    def check_can_pass_over(self) -> None:
+        """Checks that the loader can leave samples out.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        if not hasattr(self._loader, "pass_over"):
+            raise ConfigError(
+                "SOLVER.NON_FINITE is 'rollback', but the data loader "
+                f"({type(self._loader).__name__}) cannot pass over samples. Use trainkit.data's "
+                "TrainLoader, or choose 'skip'."
+            )
+
+    def pass_over(self, place: Any) -> None:
+        """Leaves out the samples of the step that began at `place`."""
+        self._loader.pass_over(place)  # type: ignore[attr-defined]  # checked
+        self._iterator = None
+
+    def describe(self, place: Any, rank: int | None) -> str:
+        """Returns a sentence on the samples of the step that began at `place`.
+
+        Args:
+            place: What `place` was then.
+            rank: Whose share of the step is meant; None for that of all.
+        """
+        if not hasattr(self._loader, "samples_at"):
+            return f"The step began with batch {place[1]} of epoch {place[0]}. "
+        keys = self._loader.samples_at(place, rank)
+        listed = [f"{epoch}:{offset}={index}" for index, epoch, offset in keys[:_MAX_LISTED]]
+        more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+        return f"Its samples, as epoch:offset=index: {', '.join(listed)}{more}. "
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last batch that was drawn."""

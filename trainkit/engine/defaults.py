@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.checkpoint.lock import hold_run_folder
 from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
 from trainkit.data.build import TrainLoader, build_test_loader, build_train_loader
@@ -21,6 +23,7 @@ from trainkit.engine.hooks.evaluation import EvalHook
 from trainkit.engine.hooks.lr_scheduler import LRScheduler
 from trainkit.engine.hooks.timer import IterationTimer
 from trainkit.engine.hooks.writer import PeriodicWriter
+from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
 from trainkit.engine.setup import (
     create_ddp_model,
     default_argument_parser,
@@ -86,24 +89,25 @@ class DefaultTrainer(SimpleTrainer):
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg).to(resolve_device(cfg.MODEL.DEVICE))
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
         super().__init__(
             create_ddp_model(model, broadcast_buffers=False),
-            data_loader,
+            self.build_train_loader(cfg),
             optimizer,
             cfg.GATHER_METRIC_PERIOD,
             precision=cfg.SOLVER.PRECISION,
             accumulate=cfg.SOLVER.ACCUMULATE,
             grad_clipper=build_grad_clipper(cfg),
             seed=cfg.SEED,
+            non_finite=cfg.SOLVER.NON_FINITE,
         )
         self.cfg = cfg
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._num_rollbacks: Counter[int] = Counter()
+        if cfg.SOLVER.NON_FINITE == "rollback":
+            self._batches.check_can_pass_over()
         self._note_implementation()
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        if cfg.LIMIT_BATCHES > 0:
-            self.max_iter = min(self.max_iter, cfg.LIMIT_BATCHES)
+        self.max_iter = min(cfg.SOLVER.MAX_ITER, cfg.LIMIT_BATCHES or cfg.SOLVER.MAX_ITER)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -154,21 +158,53 @@ class DefaultTrainer(SimpleTrainer):
             )
             return {}
         self._last_results = {}
-        self.checkpointer.clear_finished()
-        write_config(self.cfg)
-        super().train(start_iter, max_iter)
+        with hold_run_folder(self.cfg.OUTPUT_DIR):
+            self.checkpointer.clear_finished()
+            write_config(self.cfg)
+            while True:
+                try:
+                    super().train(start_iter, max_iter)
+                    break
+                except NonFiniteError as error:
+                    if not self._roll_back(error.iteration):
+                        raise
+                start_iter = self.start_iter
+            self._finish()
+        return self._last_results
+
+    def _finish(self) -> None:
+        """Marks a run that came to its end, and judges its results."""
         if self.iter == self.max_iter and self.interruption is None:
             # Only now, on every rank: until here a resume has something left to do.
             comm.synchronize()
             self.checkpointer.mark_finished(self.iter - 1)
             if self.cfg.TEST.EXPECTED_RESULTS:
                 verify_results(self.cfg, self._last_results)
-        return self._last_results
+
+    def _roll_back(self, iteration: int) -> bool:
+        """Goes back to the last checkpoint, and passes over the samples of an iteration.
+
+        Returns:
+            False if that is not wanted, or does not help.
+        """
+        place = self._metrics.places.get(iteration)
+        if self.cfg.SOLVER.NON_FINITE != "rollback" or place is None:
+            return False
+        self.resume_or_load()
+        self._num_rollbacks[self.start_iter] += 1
+        if self._num_rollbacks[self.start_iter] > MAX_ROLLBACKS:
+            logger.error("Rolled back %d times to one checkpoint: giving up.", MAX_ROLLBACKS)
+            return False
+        self._batches.pass_over(place)
+        text = "Rolled back from iteration %d to %d; the samples of the former are passed over."
+        logger.warning(text, iteration, self.start_iter)
+        return True
 
     def before_train(self) -> None:
         """Calls the hooks' `before_train`, and marks where a new run in a used folder starts."""
         super().before_train()
-        if self.start_iter == 0 and self.checkpointer.has_checkpoint():
+        goes_back = self.cfg.SOLVER.NON_FINITE == "rollback"
+        if self.start_iter == 0 and (goes_back or self.checkpointer.has_checkpoint()):
             # Newer than all that an earlier run left: a resume does not take that for this run.
             self.checkpointer.save("model_start", iteration=-1)
 
@@ -177,9 +213,10 @@ class DefaultTrainer(SimpleTrainer):
         if self._assigned_trainer is None:
             super().run_step()
         else:
-            for name in ("iter", "max_iter", "storage", "_step_hooks"):
+            for name in ("iter", "max_iter", "storage", "_step_hooks", "_must_rehearse"):
                 setattr(self._assigned_trainer, name, getattr(self, name))
             self._assigned_trainer.run_step()
+            self._must_rehearse = False
 
     @property
     def _trainer(self) -> Any:
@@ -192,9 +229,10 @@ class DefaultTrainer(SimpleTrainer):
 
     @_trainer.setter
     def _trainer(self, trainer: SimpleTrainer) -> None:
-        for name in ("model", "optimizer", "data_loader", "_batches", "_metrics"):
+        for name in ("model", "optimizer", "data_loader", "_batches"):
             if hasattr(trainer, name):
                 setattr(self, name, getattr(trainer, name))
+        trainer._metrics, trainer._guard = self._metrics, self._guard
         if trainer.seed is None:
             trainer.seed = self.seed
         self._assigned_trainer = trainer
@@ -202,8 +240,9 @@ class DefaultTrainer(SimpleTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the default hooks, in the order in which they run."""
         cfg = self.cfg
-        evaluate = weakref.WeakMethod(self._evaluate)
-        checkpointer = self.checkpointer
+        # A hook must not own its trainer.
+        trainer = weakref.proxy(self)
+        checkpointer, on_error = self.checkpointer, cfg.CHECKPOINT.ON_ERROR
         return [
             # First, so that it times the step and not the other hooks.
             IterationTimer(),
@@ -214,14 +253,17 @@ class DefaultTrainer(SimpleTrainer):
                 checkpointer,
                 cfg.SOLVER.CHECKPOINT_PERIOD,
                 max_to_keep=cfg.CHECKPOINT.MAX_TO_KEEP or None,
+                on_error=on_error,
             ),
-            EvalHook(cfg.TEST.EVAL_PERIOD, lambda: _called(evaluate)),
+            EvalHook(cfg.TEST.EVAL_PERIOD, lambda: trainer._evaluate()),
             # After evaluation, whose result it judges.
-            BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, cfg.TEST.BEST_METRIC)
+            BestCheckpointer(
+                cfg.TEST.EVAL_PERIOD, checkpointer, cfg.TEST.BEST_METRIC, on_error=on_error
+            )
             if cfg.TEST.BEST_METRIC
             else None,
             # Last, so that it writes what all others have put.
-            PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD)
+            PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD, on_error=on_error)
             if comm.is_main_process()
             else None,
         ]
@@ -355,11 +397,3 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
         seeded.freeze()
     logger.info("The run has the seed %d.", seed)
     return seeded
-
-
-def _called(method: "weakref.WeakMethod[Any]") -> dict[str, Any]:
-    """Calls a method through a weak reference: a hook must not own its trainer."""
-    bound = method()
-    assert bound is not None, "the trainer is gone"
-    results: dict[str, Any] = bound()
-    return results

@@ -2,11 +2,12 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trainkit.utils import comm
-from trainkit.utils.errors import USER_ERRORS, ConfigError, UnknownNameError, add_note
+from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.stop_signals import StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -120,45 +121,6 @@ def overriding(hooks: Iterable[HookBase], method: str) -> list[HookBase]:
     return [h for h in hooks if getattr(getattr(h, method), "__func__", None) is not base]
 
 
-def call_each(
-    functions: Sequence[Callable[[], None]], failure: BaseException | None = None
-) -> None:
-    """Calls all functions, even when some raise.
-
-    Args:
-        functions: Called in order.
-        failure: What has failed before and will be raised by the caller; errors become its notes.
-
-    Raises:
-        Exception: The first error, with the texts of the others as its notes; none after a failure.
-    """
-    first = failure
-    try:
-        for function in functions:
-            try:
-                function()
-            except Exception as e:
-                if first is None:
-                    first = e
-                else:
-                    logger.exception("%s failed as well:", function.__qualname__)
-                    own = f"{function.__qualname__} raised too: {e!r}"
-                    for note in (own, *getattr(e, "__notes__", [])):
-                        add_note(first, note)
-        if first is not None and failure is None:
-            raise first
-    finally:
-        # An exception in a local of a frame that it passed through is a reference cycle.
-        del first, failure
-
-
-def log_failure(iteration: int, failure: BaseException) -> None:
-    """Logs what ended a run, with a traceback unless its text says all."""
-    says_all = isinstance(failure, (*USER_ERRORS, KeyboardInterrupt))
-    log = logger.error if says_all else logger.exception
-    log("Training failed in iteration %d: %r", iteration, failure)
-
-
 def hook_keys(hooks: Sequence[HookBase]) -> list[str]:
     """Returns a name for each hook: its class's, numbered from the second of a class on."""
     keys: list[str] = []
@@ -181,31 +143,40 @@ class StepHooks:
 
     Args:
         hooks: All hooks of a trainer, in order.
+        last_update: The iteration before the first step.
 
     Attributes:
-        after_backward: Those with an `after_backward`.
-        pending: The keys of those whose `after_step` has yet to be called in this step.
+        before_step, after_backward: Those with such a method.
+        last_update: The iteration whose step was done last.
+        pending: The keys of those whose `after_step` has yet to follow it.
     """
 
-    def __init__(self, hooks: Sequence[HookBase]) -> None:
-        self._before_step = overriding(hooks, "before_step")
+    def __init__(self, hooks: Sequence[HookBase], last_update: int = -1) -> None:
+        self.last_update = last_update
+        self.before_step = overriding(hooks, "before_step")
         self.after_backward = overriding(hooks, "after_backward")
         keyed = hooks_by_key(hooks).items()
         self._hooks = {key: hook for key, hook in keyed if overriding([hook], "after_step")}
         self._keys = list(self._hooks)
         self.pending: list[str] = []
 
-    def begin(self) -> list[HookBase]:
-        """Begins a step, which every hook has yet to follow; returns those to call before it."""
-        self.pending = self._keys
-        return self._before_step
+    def note_update(self, iteration: int) -> None:
+        """Notes that a step is done, which every hook has yet to follow."""
+        self.last_update, self.pending = iteration, self._keys
 
     def after_step(self, keys: Iterable[str] | None = None) -> None:
-        """Calls `after_step` of all hooks, or of those with the given keys."""
+        """Calls `after_step` of all hooks, or of those with the given keys.
+
+        One that is cut short by `StopRequested` is still pending, and so are those behind it.
+        """
         keys = self._keys if keys is None else self._select(keys)
         for number, key in enumerate(keys, start=1):
             self.pending = keys[number:]
-            self._hooks[key].after_step()
+            try:
+                self._hooks[key].after_step()
+            except StopRequested:
+                self.pending = keys[number - 1 :]
+                raise
 
     def _select(self, keys: Iterable[str]) -> list[str]:
         wanted = set(keys)

@@ -2,27 +2,31 @@
 
 import atexit
 import datetime
-import logging
+import gc
+import importlib
 import os
-import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from signal import SIGTERM
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing as mp
-from torch.multiprocessing.spawn import ProcessException, start_processes
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from trainkit.engine.exit_codes import MESSAGE_ERRORS
+from trainkit.engine.failures import note_place
+from trainkit.engine.preemption import PreemptedExit
+from trainkit.engine.processes import Processes, report_error
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError, add_note
+from trainkit.utils.errors import ConfigError
 
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for the others in a collective."""
@@ -56,11 +60,14 @@ def launch(
         What `main_func` returned in a process that was not newly started, else None.
 
     Raises:
-        ConfigError: If the numbers do not go together, or what a new process raised as such.
+        ConfigError: If the numbers do not go together.
+        Exception: What the first process raised that failed; the others have been ended then.
+        RankDiedError: If that one was killed.
         KeyboardInterrupt: After Ctrl-C, once all processes have saved and left.
+        SystemExit: So too after SIGTERM and SIGUSR1, with 128 + the signal's number.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _run_in_group(main_func, args, "env://", None, None, timeout)
+        return _run_as_torchruns_rank(main_func, args, timeout)
     world_size = num_gpus_per_machine * num_machines
     if num_gpus_per_machine < 1 or not 0 <= machine_rank < num_machines:
         raise ConfigError(
@@ -71,83 +78,83 @@ def launch(
     if world_size == 1:
         return main_func(*args)
     dist_url = _meeting_point(dist_url, num_machines)
-    _start_processes(
+    processes = Processes(machine_rank * num_gpus_per_machine)
+    processes.run(
+        _worker,
         num_gpus_per_machine,
-        (main_func, args, dist_url, world_size, machine_rank, num_gpus_per_machine, timeout),
+        (num_gpus_per_machine, world_size, dist_url, timeout, main_func, args),
     )
     return None
 
 
-def _start_processes(count: int, worker_args: tuple[Any, ...]) -> None:
-    """Starts the processes and waits for them; the first error that a user can mend is raised."""
-    errors: Any = mp.get_context("spawn").SimpleQueue()
-    context = start_processes(
-        _worker, (errors, *worker_args), nprocs=count, join=False, start_method="spawn"
-    )
-    assert context is not None
-    interrupted = False
-    while True:
-        try:
-            if context.join():
-                break
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            # They finish their step and save. A terminal's Ctrl-C reaches them without this too.
-            for process in context.processes:
-                if process.is_alive() and process.pid is not None:
-                    os.kill(process.pid, signal.SIGINT)
-        except ProcessException:
-            # Whichever process failed first: the others then fail for want of it.
-            if errors.empty():
-                raise
-            raise errors.get() from None
-    if interrupted:
-        raise KeyboardInterrupt
-
-
 def _worker(
+    channel: Connection,
+    rank: int,
     local_rank: int,
-    errors: Any,
+    num_local: int,
+    world_size: int,
+    dist_url: str,
+    timeout: datetime.timedelta,
     main_func: Callable[..., Any],
     args: Sequence[Any],
-    dist_url: str,
-    world_size: int,
-    machine_rank: int,
-    num_local: int,
-    timeout: datetime.timedelta,
 ) -> None:
+    """Runs in each new process."""
+    threading.Thread(target=_leave_with_launcher, daemon=True).start()
     os.environ["LOCAL_RANK"] = str(local_rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(num_local)
-    rank = machine_rank * num_local + local_rank
     exit_code = 0
     try:
-        _run_in_group(main_func, args, dist_url, world_size, rank, timeout)
-    except MESSAGE_ERRORS as e:
-        add_note(e, f"On rank {rank}:\n{traceback.format_exc()}")
-        errors.put(e)
-        exit_code = 1
-    except KeyboardInterrupt:
-        # The launching process got it too, and raises it once all have left.
-        logger.info("Rank %d leaves.", rank)
-    # Once DistributedDataParallel was used, gloo's threads outlive their group; one that asks for
-    # the interpreter while it is being torn down aborts the process. So it is not torn down.
+        _join_group(dist_url, world_size, rank, timeout)
+        main_func(*args)
+        dist.destroy_process_group()
+    except BaseException as e:
+        # Before the group is left, which the others then fail for want of.
+        exit_code = report_error(channel, e)
+    # The interpreter is not torn down: a thread of gloo's that asks for it then aborts the process.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
-def _run_in_group(
-    main_func: Callable[..., Any],
-    args: Sequence[Any],
-    dist_url: str,
-    world_size: int | None,
-    rank: int | None,
-    timeout: datetime.timedelta,
+def _leave_with_launcher() -> None:
+    """Asks this process to save and leave once its launcher is gone, even by SIGKILL."""
+    launcher = parent_process()
+    assert launcher is not None
+    launcher.join()
+    os.kill(os.getpid(), SIGTERM)
+
+
+def _run_as_torchruns_rank(
+    main_func: Callable[..., Any], args: Sequence[Any], timeout: datetime.timedelta
 ) -> Any:
-    """Joins the process group, runs, and leaves the group."""
+    try:
+        _join_group("env://", -1, -1, timeout)
+        return main_func(*args)
+    except Exception as e:
+        note_place(e)
+        get_error_handler().record_exception(e)
+        if comm.get_world_size() > 1:
+            # torchrun takes the error of the earliest second for the cause of the others'.
+            time.sleep(1 - time.time() % 1)
+        raise
+    except (SystemExit, KeyboardInterrupt) as e:
+        if isinstance(e, PreemptedExit):
+            comm.synchronize()  # Once one has left, torchrun ends those that still requeue the job.
+        traceback.clear_frames(e.__traceback__)  # A model in there would keep the group alive.
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # Gloo's threads end with the group's last reference; one that asks for the interpreter
+        # while it is being torn down aborts the process, and with it a run that succeeded.
+        gc.collect()
+
+
+def _join_group(dist_url: str, world_size: int, rank: int, timeout: datetime.timedelta) -> None:
+    """Joins the process group; -1 where `dist_url` tells."""
+    # DistributedDataParallel imports it anyhow, and the import holds on to a group that exists.
+    importlib.import_module("torch._dynamo")
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -156,8 +163,8 @@ def _run_in_group(
             # Small things between ranks are CPU tensors: they go over gloo and wait for no GPU.
             backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo",
             init_method=dist_url,
-            world_size=-1 if world_size is None else world_size,
-            rank=-1 if rank is None else rank,
+            world_size=world_size,
+            rank=rank,
             timeout=timeout,
         )
     except (RuntimeError, ValueError) as e:
@@ -165,11 +172,7 @@ def _run_in_group(
             f"Process {rank} could not meet the others at {dist_url}: {e} Check that the address "
             "is free and reachable, and that every process was started."
         ) from e
-    try:
-        comm.synchronize()
-        return main_func(*args)
-    finally:
-        dist.destroy_process_group()
+    comm.synchronize()
 
 
 def _meeting_point(dist_url: str | None, num_machines: int) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.nested import batch_size
+from trainkit.utils.random import get_rng_state, set_rng_state
 
 
 def parse_losses(output: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -57,14 +58,19 @@ def micro_batch_weights(batches: Sequence[Any]) -> list[float]:
     return [size / sum(known) for size in known]
 
 
-def poisoned_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
-    """Returns a loss on the CPU so that, if it is not finite, neither are its gradients.
+def poisoned_if_not_finite(loss: torch.Tensor, judges_now: bool = False) -> torch.Tensor:
+    """Returns a loss so that, if it is not finite, neither are its gradients.
 
-    There every update is checked, by the norm of the reduced gradients, which all ranks know alike.
+    The norm of the reduced gradients, which all ranks know alike, then tells before the update.
+
+    Args:
+        loss: 0-d.
+        judges_now: Whether updates are judged by that norm on an accelerator too, as always on the
+            CPU. There it is done without waiting.
     """
-    if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-        return loss * math.nan
-    return loss
+    if loss.device.type == "cpu":
+        return loss if math.isfinite(loss.item()) else loss * math.nan
+    return torch.where(loss.isfinite(), loss, loss * math.nan) if judges_now else loss
 
 
 def reducing_gradients(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -72,6 +78,38 @@ def reducing_gradients(model: nn.Module, is_last: bool) -> contextlib.AbstractCo
     if isinstance(model, DistributedDataParallel) and not is_last:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def rehearse(model: nn.Module, forward_backward: Callable[[], Any]) -> None:
+    """Runs the first step of a resumed run once in vain, and leaves everything as it was.
+
+    DistributedDataParallel orders its gradient buckets by its first backward, and thereby the sums
+    of more than two ranks. A resumed run's first step must not be that first one.
+    """
+    if isinstance(model, DistributedDataParallel):
+        device = next(model.parameters()).device
+        buffers, rng_state = BufferCopies(model), get_rng_state(device)
+        forward_backward()
+        model.zero_grad()
+        buffers.restore()
+        set_rng_state(rng_state, device)
+
+
+class BufferCopies:
+    """The buffers of a model, such as running statistics, as they are now.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._pairs = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Gives the buffers their values back."""
+        for buffer, copy in self._pairs:
+            buffer.copy_(copy)
 
 
 def _describe(output: Any) -> str:

@@ -4,10 +4,11 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from trainkit.engine.non_finite import NonFiniteError
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
@@ -82,14 +83,20 @@ def reduce_rows(tables: list[Rows]) -> Rows:
     return reduced
 
 
-def raise_if_not_finite(tables: list[Rows]) -> None:
+def raise_if_not_finite(
+    tables: list[Rows], describe: Callable[[int, int | None], str] = lambda iteration, rank: ""
+) -> None:
     """Raises for the first iteration in which a rank's total loss or gradient norm is not finite.
 
     Other values may be NaN, such as a precision without predictions; a loss among them shows in the
     total.
 
+    Args:
+        tables: Each rank's values.
+        describe: Given an iteration and a rank, or None, tells that rank's samples, or all.
+
     Raises:
-        FloatingPointError: The same on every rank, with iteration, rank and all values.
+        NonFiniteError: The same on every rank, with iteration, rank, samples and all values.
     """
     for iteration in sorted({i for table in tables for i in table}):
         for suffix, (rank, table) in itertools.product(_HEALTH, enumerate(tables)):
@@ -97,8 +104,12 @@ def raise_if_not_finite(tables: list[Rows]) -> None:
             health = [v for name, v in values.items() if name.endswith(suffix)]
             if not all(math.isfinite(value) for value in health):
                 listed = ", ".join(f"{name}={value:g}" for name, value in values.items())
-                raise FloatingPointError(
-                    f"Iteration {iteration} on rank {rank} is not finite: {listed}. No checkpoint "
-                    "holds anything later. Lower the learning rate (SOLVER.BASE_LR), lengthen the "
-                    "warmup, or clip gradients (SOLVER.CLIP_GRADIENTS), and check the data."
+                # The norm is the same everywhere: it blames no rank.
+                samples = describe(iteration, rank if suffix == _HEALTH[0] else None)
+                raise NonFiniteError(
+                    f"Iteration {iteration} on rank {rank} is not finite: {listed}. {samples}No "
+                    "checkpoint holds anything later. Lower the learning rate (SOLVER.BASE_LR), "
+                    "lengthen the warmup, or clip gradients (SOLVER.CLIP_GRADIENTS), and check the "
+                    "data. SOLVER.NON_FINITE can leave such batches out.",
+                    iteration,
                 )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainkit.checkpoint.lock import check_not_held
 from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
 from trainkit.utils import comm
@@ -71,9 +72,12 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         args: What `default_argument_parser` parsed.
 
     Raises:
-        ConfigError: On every rank, if a value is impossible or the folder cannot be written.
+        ConfigError: On every rank, if a value is impossible, the folder cannot be written, or
+            another run trains in it.
     """
     check_cfg(cfg)
+    if not args.eval_only:
+        check_not_held(cfg.OUTPUT_DIR)
     comm.on_main(lambda: _make_writable(cfg.OUTPUT_DIR))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     logger.info("Rank %d of %d", comm.get_rank(), comm.get_world_size())
@@ -86,6 +90,11 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    if cfg.DETERMINISTIC:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
 

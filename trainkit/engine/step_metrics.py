@@ -1,6 +1,8 @@
 """The metrics of steps: put without waiting, brought together and checked when they are due."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -8,21 +10,50 @@ from trainkit.engine.metric_sync import exchange, local_rows, raise_if_not_finit
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
-# What a rank asks for when ranks agree; the larger request wins.
-FINISH, INTERRUPT = 1, 2
+# What ranks exchange; the largest counts. An exit code, 128 and more, stands for itself.
+_NOTHING, _FINISH, _INTERRUPT = 0, 1, 2
+
+
+class StopRequest(NamedTuple):
+    """What a rank asks for, as `TrainerBase.request_stop` takes it."""
+
+    reason: str
+    finished: bool = False
+    exit_code: int = 0
+
+    @property
+    def code(self) -> int:
+        """Stands for the request among ranks; the largest counts."""
+        return _FINISH if self.finished else self.exit_code or _INTERRUPT
 
 
 class StepMetrics:
     """Losses, gradient norms and waiting times of steps, since ranks last brought them together.
 
+    Args:
+        judges_now: Whether each step is judged when it is put on accelerators too, which waits.
+
     Attributes:
         since: The newest iteration whose metrics were brought together.
+        places: Where in the data each later step began, as `BatchStream.place` tells it.
     """
 
-    def __init__(self) -> None:
-        self.since = -1
+    def __init__(self, judges_now: bool = False) -> None:
+        self._judges_now = judges_now
         # A dict keeps the order in which names came up.
         self._names: dict[str, None] = {}
+        self.begin(0)
+
+    def begin(self, start_iter: int) -> None:
+        """Begins a run."""
+        self.since = start_iter - 1
+        self.places: dict[int, Any] = {}
+        self._request: StopRequest | None = None
+
+    def ask(self, request: StopRequest) -> None:
+        """Takes this rank's request to stop, which the next sync brings to all."""
+        if self._request is None or request.code > self._request.code:
+            self._request = request
 
     def put(
         self,
@@ -60,26 +91,38 @@ class StepMetrics:
             storage.put_row(list(here), torch.stack(list(here.values())))
         storage.put_scalar(prefix + "data_time", data_time)
         storage.put_scalar(prefix + "rank_data_time", data_time)
-        return all(v.device.type != "cpu" or math.isfinite(v.item()) for v in health)
+        known = [v for v in health if self._judges_now or v.device.type == "cpu"]
+        return all(math.isfinite(v.item()) for v in known)
 
-    def sync(self, storage: EventStorage, request: tuple[str, bool] | None) -> list[int]:
+    def sync(self, storage: EventStorage, describe: Callable[..., str]) -> StopRequest | None:
         """Reduces what was put since the last time and checks it, on every rank.
 
         Args:
             storage: The storage; afterwards it holds reduced values.
-            request: This rank's request to stop, as (reason, whether it is finished).
+            describe: Given a place and a rank, or None, tells that rank's samples, or all; asked
+                about places only.
 
         Returns:
-            Every rank's request, in rank order: 0, FINISH or INTERRUPT.
+            The request to stop that all ranks follow, if any has one.
 
         Raises:
-            FloatingPointError: On every rank, if a value of any rank is not finite.
+            NonFiniteError: On every rank, if a value of any rank is not finite.
         """
-        stop = 0 if request is None else FINISH if request[1] else INTERRUPT
+        own, self._request = self._request, None
         names = [name for name in self._names if name in storage.histories()]
-        tables, stops = exchange(local_rows(storage, names, self.since), stop)
+        rows = local_rows(storage, names, self.since)
+        tables, codes = exchange(rows, own.code if own else _NOTHING)
         if len(tables) > 1:
             storage.replace_rows(self.since, reduce_rows(tables))
-        self.since = storage.iter
-        raise_if_not_finite(tables)
-        return stops
+        # First, so that nobody who asks again gets a state of what is not finite.
+        raise_if_not_finite(
+            tables, lambda i, rank: describe(self.places[i], rank) if i in self.places else ""
+        )
+        # Not the storage's iteration, whose values are yet to come if its step is.
+        self.since = max((i for table in tables for i in table), default=self.since)
+        self.places.clear()
+        agreed = max(codes)
+        if agreed == _NOTHING or (own and own.code == agreed):
+            return own if agreed else None
+        reason = f"request of rank {codes.index(agreed)}"
+        return StopRequest(reason, agreed == _FINISH, agreed if agreed > _INTERRUPT else 0)

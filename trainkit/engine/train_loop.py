@@ -9,25 +9,26 @@ import torch
 from torch import nn
 
 from trainkit.engine.batch_stream import BatchStream
+from trainkit.engine.failures import call_each, log_failure
 from trainkit.engine.hook_base import (
     HookBase,
     StepHooks,
-    call_each,
     check_on_all_ranks,
     hooks_state_dict,
     load_hooks_state_dict,
-    log_failure,
     priority_of,
     warn_of_states,
 )
-from trainkit.engine.interrupt import interrupt_as_request
 from trainkit.engine.losses import (
     micro_batch_weights,
     parse_losses,
     poisoned_if_not_finite,
     reducing_gradients,
+    rehearse,
 )
-from trainkit.engine.step_metrics import FINISH, StepMetrics
+from trainkit.engine.non_finite import NonFiniteGuard
+from trainkit.engine.preemption import leave
+from trainkit.engine.step_metrics import StepMetrics, StopRequest
 from trainkit.solver.build import check_same_kind
 from trainkit.solver.clip import GradientClipper, total_grad_norm
 from trainkit.utils import comm
@@ -37,6 +38,7 @@ from trainkit.utils.events.storage import EventStorage
 from trainkit.utils.nested import move_to
 from trainkit.utils.period import is_due
 from trainkit.utils.random import get_rng_state, seed_step, set_rng_state
+from trainkit.utils.stop_signals import Interruption, StopRequested, stop_signals
 
 __all__ = ["AMPTrainer", "HookBase", "SimpleTrainer", "TrainerBase"]
 
@@ -57,9 +59,8 @@ class TrainerBase:
 
     def __init__(self) -> None:
         self.iter = self.start_iter = self.max_iter = self._planned_iter = 0
-        self._last_update = -1
         self.storage = EventStorage()
-        self.interruption: str | None = None
+        self.interruption: Interruption | None = None
         self._hooks: list[HookBase] = []
         self._started_hooks: list[HookBase] = []
         self._step_hooks = StepHooks([])
@@ -75,20 +76,22 @@ class TrainerBase:
     def train(self, start_iter: int, max_iter: int) -> Any:
         """Runs the iterations from `start_iter` up to, not including, `max_iter`.
 
-        What a step or a hook raises first reaches the caller, with later errors as its notes.
-        Ctrl-C raises KeyboardInterrupt once the step is finished and the hooks have saved.
+        The first error reaches the caller, later ones as its notes; a signal by `leave`.
         """
         self._begin(start_iter, max_iter)
-        with interrupt_as_request(self.request_stop), self.storage:
+        with stop_signals(self.request_stop), self.storage:
             try:
                 self.before_train()
                 self._finish_cut_step()
                 while self.iter < self.max_iter and self.interruption is None:
                     self.before_step()
                     self.run_step()
-                    self._last_update = self.iter
+                    self._step_hooks.note_update(self.iter)
                     self.after_step()
                     self.iter += 1
+            except StopRequested as stop:
+                self.interruption = stop.interruption
+                self.iter = self._step_hooks.last_update + 1
             except BaseException as failure:
                 # Inside a step there is nothing whole to save; before the first, nothing to finish.
                 self.interruption, self.iter = None, min(self.iter, self.max_iter - 1)
@@ -96,6 +99,7 @@ class TrainerBase:
                 call_each([self.after_train], failure)
                 raise
             self.after_train()
+        leave(self.interruption)
 
     def run_step(self) -> None:
         """One iteration; subclasses say what it is."""
@@ -103,7 +107,6 @@ class TrainerBase:
 
     def before_train(self) -> None:
         """Calls the hooks' `before_train`."""
-        self._step_hooks = StepHooks(self._hooks)
         for hook in self._hooks:
             hook.before_train()
             self._started_hooks.append(hook)
@@ -116,7 +119,7 @@ class TrainerBase:
     def before_step(self) -> None:
         """Calls the hooks' `before_step`."""
         self.storage.iter = self.iter
-        for hook in self._step_hooks.begin():
+        for hook in self._step_hooks.before_step:
             hook.before_step()
 
     def after_backward(self) -> None:
@@ -128,13 +131,12 @@ class TrainerBase:
         """Calls the hooks' `after_step`."""
         self._step_hooks.after_step()
 
-    def request_stop(self, reason: str, finished: bool = False) -> None:
+    def request_stop(self, reason: str, finished: bool = False, exit_code: int = 0) -> None:
         """Ends the run after this step: as a success with a lower `max_iter`, or to be resumed."""
-        logger.info("Stopping in iteration %d: %s", self.iter, reason)
         if finished:
             self.max_iter = min(self.max_iter, self.iter + 1)
         else:
-            self.interruption = reason
+            self.interruption = Interruption(reason, exit_code)
 
     def sync_metrics(self) -> None:
         """Brings metrics and requests of all ranks together; this class has none."""
@@ -142,8 +144,8 @@ class TrainerBase:
     def state_dict(self) -> dict[str, Any]:
         """Returns where the run stands: the last update, and the hooks yet to run after it."""
         return {
-            "iteration": self._last_update,
-            "pending": self._step_hooks.pending if self._last_update == self.iter else [],
+            "iteration": self._step_hooks.last_update,
+            "pending": self._step_hooks.pending,
             "max_iter": self.max_iter,
             "planned_iter": self._planned_iter,
             "hooks": hooks_state_dict(self._hooks),
@@ -152,17 +154,17 @@ class TrainerBase:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`, for later hooks too; go on with `train(iter + 1, …)`."""
-        self.iter = self._last_update = state["iteration"]
+        self.iter = self._step_hooks.last_update = state["iteration"]
         self._loaded = {**state, "hooks": load_hooks_state_dict(self._hooks, state.get("hooks"))}
 
     def _begin(self, start_iter: int, max_iter: int) -> None:
         """Starts from the loaded state, if this run goes on where that was cut."""
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
-        self.interruption, self._started_hooks, self._last_update = None, [], start_iter - 1
+        self.interruption, self._started_hooks = None, []
+        self._step_hooks = StepHooks(self._hooks, start_iter - 1)
         warn_of_states(load_hooks_state_dict(self._hooks, self._loaded.get("hooks")))
-        if self._loaded.get("iteration") != start_iter - 1:
-            self._loaded = {}
+        self._loaded = self._loaded if self._loaded.get("iteration") == start_iter - 1 else {}
         self.storage = EventStorage(start_iter)
         self.storage.load_state_dict(self._loaded.get("storage", {}))
         self._planned_iter = self.max_iter = max_iter
@@ -194,9 +196,10 @@ class SimpleTrainer(TrainerBase):
         grad_clipper: Clips gradients and returns their norm before.
         seed: Seeds the generators before each forward pass, from (seed, rank, iteration,
             micro-batch). Without one, checkpoints hold the generators' states.
+        non_finite: What follows a loss or gradient that is not finite; see `NonFiniteGuard`.
 
     Raises:
-        ConfigError: If the precision is unknown, or `accumulate` is below 1.
+        ConfigError: If precision or policy is unknown, or `accumulate` is below 1.
     """
 
     def __init__(
@@ -210,6 +213,7 @@ class SimpleTrainer(TrainerBase):
         accumulate: int = 1,
         grad_clipper: GradientClipper | None = None,
         seed: int | None = None,
+        non_finite: str = "raise",
     ) -> None:
         super().__init__()
         autocast(precision, torch.device("cpu"))  # Raises now if it is unknown.
@@ -220,9 +224,9 @@ class SimpleTrainer(TrainerBase):
         self.accumulate = accumulate
         self.grad_clipper = grad_clipper or total_grad_norm
         self.seed = seed
-        self._metrics = StepMetrics()
-        self._stop_request: tuple[str, bool] | None = None
-        self._is_inside_update = False
+        self._guard = NonFiniteGuard(non_finite)
+        self._metrics = StepMetrics(self._guard.judges_now)
+        self._is_inside_update = self._must_rehearse = False
         if model is None or data_loader is None or optimizer is None:
             return
         self.model = model.train()
@@ -241,28 +245,38 @@ class SimpleTrainer(TrainerBase):
 
     def run_step(self) -> None:
         """One optimizer step: batches, losses, backward, clip, update."""
-        self._is_inside_update = True
         start = time.perf_counter()
         batches = self._draw_batches()
         data_time = time.perf_counter() - start
 
+        self._is_inside_update = True
+        self._guard.begin_step(self.model)
         self.optimizer.zero_grad()
         loss_dict = self._forward_backward(batches)
         self.after_backward()
         grad_norm = self.grad_clipper([p for g in self.optimizer.param_groups for p in g["params"]])
-        self._write_metrics(loss_dict, data_time, grad_norm=grad_norm)
-        self.optimizer.step()
+        if self._guard.must_skip(grad_norm):
+            samples = self._batches.describe(self._metrics.places[self.iter], comm.get_rank())
+            self._guard.skip(self.storage, loss_dict, samples)
+        else:
+            self._write_metrics(loss_dict, data_time, grad_norm=grad_norm)
+            self.optimizer.step()
         self._is_inside_update = False
-        self._last_update = self.iter
+        self._step_hooks.note_update(self.iter)
 
     def move_batch(self, batch: Any) -> Any:
         """Returns a batch on the model's device; override it for batches of your own kind."""
         return move_to(batch, self.device)
 
     def _draw_batches(self) -> list[Any]:
+        self._metrics.places[self.iter] = self._batches.place
         if self._batches.draws_global_randomness:
             self._seed_generators(tag=_FETCH_TAG)
-        return [next(self._batches) for _ in range(self.accumulate)]
+        batches = [next(self._batches) for _ in range(self.accumulate)]
+        if self._must_rehearse:
+            self._must_rehearse = False
+            rehearse(self.model, lambda: self._forward_backward(batches))
+        return batches
 
     def _forward_backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:
         """Accumulates the gradients of all micro-batches and returns the values of the batch."""
@@ -272,7 +286,7 @@ class SimpleTrainer(TrainerBase):
             with reducing_gradients(self.model, index == len(batches) - 1):
                 with autocast(self.precision, self.device):
                     values, loss = parse_losses(self.model(self.move_batch(batches[index])))
-                (poisoned_if_not_finite(loss) * weight).backward()
+                (poisoned_if_not_finite(loss, self._guard.judges_now) * weight).backward()
             for name, value in {**values, "total_loss": loss}.items():
                 loss_dict[name] = value.detach() * weight + loss_dict.get(name, 0.0)
         return loss_dict
@@ -288,42 +302,26 @@ class SimpleTrainer(TrainerBase):
         prefix: str = "",
         grad_norm: torch.Tensor | None = None,
     ) -> None:
-        """Puts a step's losses and times into the storage, without waiting for a device.
-
-        Args:
-            loss_dict: 0-d tensors by name; their sum is put as `total_loss` unless it is there.
-            data_time: Seconds spent waiting for the batch.
-            prefix: Put before each name.
-            grad_norm: 0-d, the norm of the gradients, the same on all ranks.
-
-        Raises:
-            FloatingPointError: On the CPU, if the step is not finite; the update must not follow.
-        """
-        is_finite = self._metrics.put(self.storage, loss_dict, data_time, prefix, grad_norm)
-        if not is_finite:
+        """Puts a step into the storage; raises if it is known not to be finite."""
+        if not self._metrics.put(self.storage, loss_dict, data_time, prefix, grad_norm):
             self.sync_metrics()
 
     def sync_metrics(self) -> None:
         """Reduces metrics over ranks, checks that they are finite, and agrees on a stop.
 
         Every rank calls it, in the same iteration: every `gather_metric_period` iterations, and
-        before each checkpoint and evaluation.
-
-        Raises:
-            FloatingPointError: On every rank, if a step on any rank was not finite.
+        before each checkpoint and evaluation. NonFiniteError is raised on all ranks or none.
         """
-        request, self._stop_request = self._stop_request, None
-        stops = self._metrics.sync(self.storage, request)
-        if any(stops):
-            reason, _ = request or (f"request of rank {stops.index(max(stops))}", False)
-            super().request_stop(reason, finished=max(stops) == FINISH)
+        agreed = self._metrics.sync(self.storage, self._batches.describe)
+        if agreed is not None:
+            super().request_stop(*agreed)
 
-    def request_stop(self, reason: str, finished: bool = False) -> None:
+    def request_stop(self, reason: str, finished: bool = False, exit_code: int = 0) -> None:
         """Ends the run after this step, or with several ranks when they next sync metrics."""
         if comm.get_world_size() == 1:
-            super().request_stop(reason, finished)
+            super().request_stop(reason, finished, exit_code)
         else:
-            self._stop_request = (reason, finished)
+            self._metrics.ask(StopRequest(reason, finished, exit_code))
 
     def after_step(self) -> None:
         """Calls the hooks' `after_step`, with metrics of all ranks where they are due."""
@@ -332,24 +330,24 @@ class SimpleTrainer(TrainerBase):
         super().after_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that decides the future; every rank calls it.
-
-        Raises:
-            FloatingPointError: If a step since the last check was not finite, so that no
-                checkpoint holds its effects.
-        """
+        """Returns all that decides the future, if all steps were finite; every rank calls it."""
         if self._is_inside_update:
             raise RuntimeError(
                 f"Inside the update of iteration {self.iter} there is no whole state to save. Save "
                 "in a hook's before_step or after_step."
             )
         self.sync_metrics()
+        state = comm.together(self._local_state)
+        return {k: comm.all_gather(v) if k in ("data", "rng") else v for k, v in state.items()}
+
+    def _local_state(self) -> dict[str, Any]:
         state = super().state_dict()
         state["optimizer"] = self.optimizer.state_dict()
-        state["data"] = comm.all_gather(self._batches.state_dict())
+        state["data"] = self._batches.state_dict()
+        state["non_finite"] = self._guard.state_dict()
         state["seed"] = self.seed
         if self.seed is None:
-            state["rng"] = comm.all_gather(get_rng_state(self.device))
+            state["rng"] = get_rng_state(self.device)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,11 +358,13 @@ class SimpleTrainer(TrainerBase):
         self.seed = state.get("seed", self.seed)
         if "data" in state:
             self._batches.load_state_dict(state["data"][comm.get_rank() % len(state["data"])])
+        self._guard.load_state_dict(state.get("non_finite", {}))
 
     def _begin(self, start_iter: int, max_iter: int) -> None:
-        self._metrics.since = start_iter - 1
-        self._stop_request = None
+        self._metrics.begin(start_iter)
         self._is_inside_update = False
+        # Not of a run's first step, which is the first one of an unbroken run too.
+        self._must_rehearse = start_iter > 0
         check_on_all_ranks(self._hooks)
         super()._begin(start_iter, max_iter)
 
@@ -393,8 +393,7 @@ class AMPTrainer(SimpleTrainer):
         precision: torch.dtype = torch.bfloat16,
         **kwargs: Any,
     ) -> None:
-        names = {dtype: name for name, dtype in PRECISIONS.items()}
-        name = names.get(precision, str(precision))
+        name = next((n for n, dtype in PRECISIONS.items() if dtype is precision), str(precision))
         super().__init__(
             model, data_loader, optimizer, gather_metric_period, precision=name, **kwargs
         )

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -15,8 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.nested import move_to
+from trainkit.utils.period import is_due
+from trainkit.utils.stop_signals import raise_if_stopping
 
 _LOG_PERIOD_SECONDS = 5.0
+# Batches between two agreements of several ranks on whether to leave.
+_STOP_PERIOD = 20
 
 
 class DatasetEvaluator:
@@ -121,7 +126,7 @@ def inference_on_dataset(
         What the evaluator returned; {} for None.
 
     Raises:
-        Exception: What the loop of one rank raised, on every rank.
+        StopRequested: On every rank, if a signal asked any of them to leave.
     """
     if evaluator is None or isinstance(evaluator, Sequence):
         evaluator = DatasetEvaluators(evaluator or [])
@@ -134,15 +139,14 @@ def inference_on_dataset(
         def move_batch(batch: Any) -> Any:
             return move_to(batch, device)
 
-    def run() -> None:
-        # Not inference_mode: what a model caches in evaluation could then never be trained with.
-        with inference_context(model), torch.no_grad():
-            for batch in _with_progress(data_loader, limit_batches):
-                inputs = move_batch(batch)
-                evaluator.process(inputs, model(inputs))
-
     evaluator.reset()
-    comm.together(run)
+    # Not inference_mode: what a model caches in evaluation could then never be trained with.
+    with inference_context(model), torch.no_grad():
+        for batch in _until_stopped(data_loader, limit_batches):
+            inputs = move_batch(batch)
+            evaluator.process(inputs, model(inputs))
+    # Once more, when all have come to their ends.
+    raise_if_stopping()
     return _as_dict(evaluator.evaluate(), type(evaluator).__name__)
 
 
@@ -160,16 +164,32 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _with_progress(data_loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
-    """Yields at most `limit` batches, and logs speed and time to go every few seconds."""
-    logger = logging.getLogger(__name__)
+def _until_stopped(data_loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    """Yields at most `limit` batches, and leaves when a rank was asked to stop.
+
+    Ranks agree now and then, as long as all of them are known to have batches.
+    """
     total = len(data_loader) if isinstance(data_loader, Sized) else None
     if limit is not None:
         total = limit if total is None else min(limit, total)
+    num_common, period = math.inf, 1
+    if comm.get_world_size() > 1:
+        num_common = int(comm.all_gather_tensor(torch.tensor(total or 0)).min())
+        period = _STOP_PERIOD
+    batches = _with_progress(itertools.islice(data_loader, limit), total)
+    for number, batch in enumerate(batches):
+        yield batch
+        if number < num_common and is_due(number, period):
+            raise_if_stopping()
+
+
+def _with_progress(batches: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """Yields batches, and logs speed and time to go every few seconds."""
+    logger = logging.getLogger(__name__)
     logger.info("Start inference on %s batches", "an unknown number of" if total is None else total)
     start = last_log = time.perf_counter()
     done = 0
-    for done, batch in enumerate(itertools.islice(data_loader, limit), start=1):
+    for done, batch in enumerate(batches, start=1):
         yield batch
         now = time.perf_counter()
         if now - last_log >= _LOG_PERIOD_SECONDS:

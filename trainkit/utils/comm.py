@@ -157,7 +157,8 @@ def raise_together(error: Exception | None) -> None:
 
     Raises:
         Exception: This rank's error if it has one.
-        CheckpointError: Else, if the lowest failing rank has one; the text names that rank.
+        CheckpointError: Else, if the lowest failing rank has one, or one of a kind of it; the text
+            names that rank.
         ConfigError: Else, if that rank has another error that the user can mend.
         RuntimeError: Else.
     """
@@ -175,5 +176,5 @@ def raise_together(error: Exception | None) -> None:
 
 def _kind_of(reported: object) -> type[Exception]:
     if isinstance(reported, CheckpointError):
-        return CheckpointError
+        return type(reported)
     return ConfigError if isinstance(reported, USER_ERRORS) else RuntimeError

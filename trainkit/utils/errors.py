@@ -36,6 +36,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read, or used for this model."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint that the storage refused: the state is sound, and a later save may succeed."""
+
+
 USER_ERRORS = (ConfigError, UnknownNameError, CheckpointError)
 
 

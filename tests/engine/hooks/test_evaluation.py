@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
 from trainkit.engine.hooks.evaluation import EvalHook
+from trainkit.utils.stop_signals import Interruption, StopRequested
 
 
 class Evaluation:
@@ -88,6 +90,71 @@ def test_a_result_that_is_no_number_is_an_error(loop: Any, value: Any) -> None:
     trainer.register_hooks([EvalHook(0, lambda: {"task": {"best": value}})])
     with pytest.raises(TypeError, match=r"nested dict of numbers, but 'task/best' is "):
         trainer.train(0, 1)
+
+
+class Stopped(Evaluation):
+    """Is cut short by a signal at the first evaluation in a given iteration."""
+
+    def __init__(self, trainer: Any, at: int) -> None:
+        super().__init__(trainer)
+        self.at = at
+
+    def __call__(self) -> dict[str, Any]:
+        if self.trainer.iter == self.at and self.at not in self.iters:
+            self.iters.append(self.at)
+            raise StopRequested(Interruption("limit of time"))
+        return super().__call__()
+
+
+class Later(HookBase):
+    """Notes in which iterations it ran, behind the evaluation."""
+
+    def __init__(self) -> None:
+        self.iters: list[int] = []
+
+    def after_step(self) -> None:
+        self.iters.append(self.trainer.iter)
+
+    def after_train(self) -> None:
+        self.iters.append(-self.trainer.iter)
+
+
+def test_an_evaluation_that_is_cut_short_is_made_up_for_by_a_resume(loop: Any) -> None:
+    trainer, later = loop(), Later()
+    stopped = Stopped(trainer, at=3)
+    trainer.register_hooks([EvalHook(2, stopped), later])
+    trainer.train(0, 6)
+    assert (trainer.steps, trainer.iter) == ([0, 1, 2, 3], 4)
+    assert trainer.interruption == Interruption("limit of time")
+    assert (stopped.iters, later.iters) == ([1, 3], [0, 1, 2, -4])
+    state = trainer.state_dict()
+    assert (state["iteration"], state["pending"]) == (3, ["EvalHook", "Later"])
+
+    resumed, later = loop(), Later()
+    function = Evaluation(resumed)
+    resumed.register_hooks([EvalHook(2, function), later])
+    resumed.load_state_dict(state)
+    resumed.train(4, 6)
+    assert (function.iters, later.iters, resumed.steps) == ([3, 6], [3, 4, 5, -6], [4, 5])
+
+
+def test_a_final_evaluation_that_is_cut_short_lets_the_other_hooks_end(loop: Any) -> None:
+    trainer, later = loop(), Later()
+    function = Stopped(trainer, at=2)
+    trainer.register_hooks([EvalHook(0, function), later])
+    trainer.train(0, 2)
+    assert trainer.interruption == Interruption("limit of time")
+    assert (function.iters, later.iters) == ([2], [0, 1, -2])
+
+
+def test_a_run_that_is_asked_to_leave_does_not_begin_an_evaluation(loop: Any) -> None:
+    trainer, later = loop(), Later()
+    function = Evaluation(trainer)
+    leave = CallbackHook(before_step=lambda t: t.request_stop("test") if t.iter == 1 else None)
+    trainer.register_hooks([leave, EvalHook(2, function), later])
+    trainer.train(0, 4)
+    assert (function.iters, later.iters) == ([], [0, -2])
+    assert trainer.state_dict()["pending"] == ["EvalHook", "Later"]
 
 
 def test_a_second_run_evaluates_again(loop: Any) -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,34 @@ def test_each_writer_gets_its_own_state_back() -> None:
     saved = PeriodicWriter([Writer(log, "a"), Writer(log, "b")]).state_dict()
     PeriodicWriter([Writer(log, "c"), Writer(log, "d"), Writer(log, "e")]).load_state_dict(saved)
     assert log == ["c loads {'name': 'a'}", "d loads {'name': 'b'}"]
+
+
+class FullDisk(EventWriter):
+    """Writes to a disk that is full, and then is not."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+
+    def write(self) -> None:
+        iteration = get_event_storage().iter
+        if iteration == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written.append(iteration)
+
+
+def test_with_warn_a_run_survives_writers_that_the_storage_refuses(
+    loop: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer, other = FullDisk(), FullDisk()
+    trainer = loop()
+    trainer.register_hooks([PeriodicWriter([writer, other], period=1, on_error="warn")])
+    trainer.train(0, 3)
+    assert writer.written == other.written == [0, 2, 3]
+    assert caplog.text.count("METRICS WERE NOT WRITTEN by FullDisk.write: [Errno 28]") == 2
+
+
+def test_otherwise_the_error_of_the_storage_ends_the_run(loop: Any) -> None:
+    trainer = loop()
+    trainer.register_hooks([PeriodicWriter([FullDisk()], period=1)])
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train(0, 3)

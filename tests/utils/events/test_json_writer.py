@@ -305,7 +305,26 @@ def test_run_that_starts_later_without_a_state_drops_later_lines(
 
 @pytest.mark.parametrize(
     "end",
-    [b'{"iteration": 4}', b'{"iteration": 4', b"[4]\n", b"4\n", b"\xff\xfe\n", b'{"loss": 1}\n'],
+    [
+        *(
+            b'{"iteration": 4}',
+            b'{"iteration": 4',
+            b"[4]\n",
+            b"4\n",
+            b"\xff\xfe\n",
+            b'{"loss": 1}\n',
+        ),
+        *(
+            b"[" * 200_000 + b"\n",
+            b'{"iteration": 1' + b"0" * 5000 + b"}\n",
+            b'{"iteration": 1e9}\n',
+        ),
+        *(b'{"iteration": NaN}\n', b'{"iteration": -Infinity}\n', b'{"iteration": "4"}\n'),
+        b'{"iteration":\r4}\n',
+        *('{"iteration": 4}'.encode("utf-16"), '{"iteration": 4, "ü": 1}\n'.encode()),
+        b'{"iteration": 4, "x": "' + b"x" * (1 << 21) + b'"}\n',
+    ],
+    ids=range(16),
 )
 def test_line_after_a_damaged_end_is_whole(tmp_path: Path, end: bytes) -> None:
     path = tmp_path / "metrics.json"
@@ -313,6 +332,27 @@ def test_line_after_a_damaged_end_is_whole(tmp_path: Path, end: bytes) -> None:
     write_one(path, 9, {"loss": 1.0}, start_iter=5)
     whole = [{"iteration": 4}] if end == b'{"iteration": 4}' else []
     assert records(path) == [{"iteration": 3}, *whole, {"iteration": 9, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_f23_a_link_to_another_file_is_not_written_through(
+    new_writer: NewWriter, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_resumed: bool
+) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "run" / "metrics.json"
+    path.parent.mkdir()
+    saved = run(new_writer(path), EventStorage(), range(10), save_before=8)
+    path.rename(victim)
+    before = victim.read_bytes()
+    path.symlink_to(victim)
+    writer, storage = new_writer(path), EventStorage(9)
+    if is_resumed:
+        writer.load_state_dict(saved["writer"])
+        storage.load_state_dict(saved["storage"])
+    run(writer, storage, range(9, 20))
+    assert victim.read_bytes() == before
+    assert not path.is_symlink()
+    assert records(path)[-1]["iteration"] == 19
+    assert f"{path} was a link out of its folder" in caplog.text
 
 
 # The first line, of iteration 6, is 30 bytes long without its newline.

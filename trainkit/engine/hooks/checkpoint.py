@@ -1,14 +1,20 @@
 """Hooks that save: now and then, at the end, on interruption, and when the model is the best."""
 
+import contextlib
 import logging
 import math
 import operator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.checkpoint.periodic import PeriodicCheckpointer as _PeriodicCheckpointer
-from trainkit.engine.hook_base import HookBase
+from trainkit.checkpoint.space import SpaceWatch
+from trainkit.checkpoint.storable import check_storable, tensor_bytes
+from trainkit.engine.hook_base import HookBase, hooks_state_dict
 from trainkit.utils import comm
+from trainkit.utils.errors import CheckpointWriteError
 from trainkit.utils.period import is_due
 
 logger = logging.getLogger(__name__)
@@ -18,7 +24,8 @@ class PeriodicCheckpointer(HookBase):
     """Saves every `period` iterations, after the last one, and when the run is interrupted.
 
     Register it on every rank; rank 0 writes. It runs before evaluation and writing, which a resume
-    makes up for.
+    makes up for. After the first iteration it looks whether the state can be stored at all, and
+    warns if the disk will be too small.
 
     Args:
         checkpointer: Saves to `{file_prefix}_{iteration:07d}.pth`, and `{file_prefix}_final.pth`.
@@ -26,6 +33,8 @@ class PeriodicCheckpointer(HookBase):
         max_iter: Ignored: the trainer knows it. Kept for detectron2's callers.
         max_to_keep: Periodic checkpoints to keep, earlier processes' included; None keeps all.
         file_prefix: Beginning of the file names.
+        on_error: What follows a periodic save that the storage refuses: "raise", or "warn", which
+            trains on. The saves at the end and on interruption always raise.
     """
 
     is_collective = True
@@ -37,11 +46,14 @@ class PeriodicCheckpointer(HookBase):
         max_iter: int | None = None,
         max_to_keep: int | None = None,
         file_prefix: str = "model",
+        on_error: str = "raise",
     ) -> None:
         self._periodic = _PeriodicCheckpointer(
             checkpointer, period, max_iter, max_to_keep, file_prefix
         )
+        self._on_error = _checked(on_error)
         self._has_final = False
+        self._space: SpaceWatch | None = None
 
     def before_train(self) -> None:
         """Forgets an earlier run."""
@@ -49,10 +61,17 @@ class PeriodicCheckpointer(HookBase):
 
     def after_step(self) -> None:
         """Saves if it is due, and after the last step."""
-        trainer = self.trainer
-        self._periodic.max_iter = trainer.max_iter
+        trainer, periodic = self.trainer, self._periodic
+        if trainer.iter == trainer.start_iter:
+            self._look_ahead()
         self._has_final = trainer.iter == trainer.max_iter - 1
-        self._periodic.step(trainer.iter)
+        if is_due(trainer.iter, periodic.period):
+            if self._space:
+                self._space.check_save(periodic.max_to_keep)
+            with _surviving(self._on_error):
+                periodic.save_numbered(trainer.iter)
+        if self._has_final:
+            periodic.save_final(trainer.iter)
 
     def after_train(self) -> None:
         """Saves a run that was interrupted, and one that was ended early after its last save."""
@@ -67,6 +86,34 @@ class PeriodicCheckpointer(HookBase):
             # Also where an earlier process was killed between its last two saves.
             self._periodic.save_final(iteration)
 
+    def _look_ahead(self) -> None:
+        """Finds out now, when there is a state of the optimizer, what the first save would find."""
+        num_bytes = comm.together(self._check_state)
+        checkpointer, periodic = self._periodic.checkpointer, self._periodic
+        if comm.is_main_process() and checkpointer.save_dir and checkpointer.save_to_disk:
+            num_due = self.trainer.max_iter // periodic.period if periodic.period else 0
+            num_kept = min(num_due, periodic.max_to_keep or num_due)
+            num_best = sum(isinstance(hook, BestCheckpointer) for hook in self.trainer._hooks)
+            folder = Path(checkpointer.save_dir)
+            self._space = SpaceWatch(folder, periodic.file_prefix, num_bytes)
+            # And the final one, and the temporary file of the one that is being saved.
+            self._space.check_run(num_kept + num_best + 2)
+
+    def _check_state(self) -> int:
+        """Returns the bytes of what will be saved, as far as one rank can tell.
+
+        Raises:
+            CheckpointError: If it cannot be stored.
+        """
+        trainer, checkpointer = self.trainer, self._periodic.checkpointer
+        state: dict[str, Any] = {"model": checkpointer.model.state_dict()}
+        for name, part in checkpointer.checkpointables.items():
+            # Not the trainer's own state, for which all ranks' metrics and requests come together.
+            state[name] = _parts(trainer) if part == trainer else part.state_dict()
+        if comm.is_main_process() and checkpointer.save_dir and checkpointer.save_to_disk:
+            check_storable(state)
+        return tensor_bytes(state)
+
 
 class BestCheckpointer(HookBase):
     """Saves the model whenever an evaluation's metric is the best so far.
@@ -80,6 +127,8 @@ class BestCheckpointer(HookBase):
         val_metric: Name of the metric in the storage, such as "classification/top1".
         mode: "max" if larger is better, "min" if smaller is.
         file_prefix: Name of the file.
+        on_error: What follows a save that the storage refuses: "raise", or "warn", which trains on
+            with the best so far still to be beaten.
     """
 
     is_collective = True
@@ -91,6 +140,7 @@ class BestCheckpointer(HookBase):
         val_metric: str,
         mode: str = "max",
         file_prefix: str = "model_best",
+        on_error: str = "raise",
     ) -> None:
         if mode not in ("max", "min"):
             raise ValueError(f"mode is {mode!r}; BestCheckpointer's mode must be 'max' or 'min'.")
@@ -99,6 +149,7 @@ class BestCheckpointer(HookBase):
         self._metric = val_metric
         self._is_better = operator.gt if mode == "max" else operator.lt
         self._file_prefix = file_prefix
+        self._on_error = _checked(on_error)
         self._best: float | None = None
         self._best_iter: int | None = None
 
@@ -135,8 +186,13 @@ class BestCheckpointer(HookBase):
             "none" if self._best is None else f"{self._best:.5g} after {self._best_iter}",
         )
         # Set first: the checkpoint holds this hook's state.
-        self._best, self._best_iter = value, iteration
-        self._checkpointer.save_untagged(self._file_prefix, iteration=iteration)
+        before, self._best, self._best_iter = (self._best, self._best_iter), value, iteration
+        with _surviving(self._on_error):
+            try:
+                self._checkpointer.save_untagged(self._file_prefix, iteration=iteration)
+            except CheckpointWriteError:
+                self._best, self._best_iter = before
+                raise
 
     def _fresh_value(self, iteration: int) -> float | None:
         """Returns the metric if it was put after this very step and is finite."""
@@ -151,3 +207,31 @@ class BestCheckpointer(HookBase):
         value, put_iter = storage.history(self._metric).last(1)[0]
         # A hook may put the last one in after_step, or in after_train, where iter is one more.
         return value if put_iter >= iteration and math.isfinite(value) else None
+
+
+def _checked(on_error: str) -> str:
+    if on_error not in ("raise", "warn"):
+        raise ValueError(
+            f"on_error (CHECKPOINT.ON_ERROR) is {on_error!r}; it must be 'raise' or 'warn'."
+        )
+    return on_error
+
+
+@contextlib.contextmanager
+def _surviving(on_error: str) -> Iterator[None]:
+    """Trains on after a save that the storage refused, which every rank learns, if that is set."""
+    try:
+        yield
+    except CheckpointWriteError as e:
+        if on_error == "raise":
+            raise
+        logger.error("TRAINING GOES ON WITHOUT A CHECKPOINT. %s", str(e))
+
+
+def _parts(trainer: Any) -> dict[str, Any]:
+    """Returns the states in a trainer's state_dict that a rank can tell without the others."""
+    states = {"hooks": hooks_state_dict(trainer._hooks)}
+    for name, attribute in (("optimizer", "optimizer"), ("data", "_batches")):
+        if hasattr(trainer, attribute):
+            states[name] = getattr(trainer, attribute).state_dict()
+    return states

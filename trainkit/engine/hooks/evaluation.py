@@ -7,12 +7,15 @@ from trainkit.engine.hook_base import HookBase
 from trainkit.evaluation.testing import flatten_results_dict
 from trainkit.utils import comm
 from trainkit.utils.period import is_due
+from trainkit.utils.stop_signals import StopRequested
 
 
 class EvalHook(HookBase):
     """Runs an evaluation function and puts its results.
 
-    All ranks run the function together.
+    All ranks run the function together. A signal that asks the run to leave is noticed inside
+    `inference_on_dataset`, and in a loop of your own where it calls `raise_if_stopping` of
+    `trainkit.utils.stop_signals`; a resume evaluates again.
 
     Args:
         eval_period: Iterations between two evaluations; 0 evaluates only at the end.
@@ -45,11 +48,17 @@ class EvalHook(HookBase):
         if not self._eval_after_train or trainer.interruption is not None:
             return
         if trainer.iter == trainer.max_iter:
-            self._evaluate()
+            try:
+                self._evaluate()
+            except StopRequested as stop:
+                # The other hooks finish; a resume evaluates.
+                trainer.interruption = stop.interruption
 
     def _evaluate(self) -> None:
         # What is not finite stops the run before an evaluation of it misleads anybody.
         self.trainer.sync_metrics()
+        if self.trainer.interruption is not None:
+            raise StopRequested(self.trainer.interruption)
         results = self._function()
         if results is not None:
             for name, value in _numbers(results).items():

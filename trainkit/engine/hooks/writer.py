@@ -1,12 +1,17 @@
 """`PeriodicWriter`: brings metrics out, after everybody has put them in."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
-from trainkit.engine.hook_base import HookBase, call_each
+from trainkit.engine.failures import call_each
+from trainkit.engine.hook_base import HookBase
 from trainkit.utils.events.storage import get_event_storage
 from trainkit.utils.events.writer import EventWriter
 from trainkit.utils.period import is_due
+
+logger = logging.getLogger(__name__)
 
 
 class PeriodicWriter(HookBase):
@@ -17,13 +22,18 @@ class PeriodicWriter(HookBase):
     Args:
         writers: The writers, in the order in which they write.
         period: Iterations between two writes; 0 writes only at the end.
+        on_error: What follows a write that the storage refuses: "raise", or "warn", which trains
+            on.
     """
 
     priority = 90
 
-    def __init__(self, writers: Sequence[EventWriter], period: int = 20) -> None:
+    def __init__(
+        self, writers: Sequence[EventWriter], period: int = 20, *, on_error: str = "raise"
+    ) -> None:
         self._writers = list(writers)
         self._period = period
+        self._on_error = on_error
         # A state was loaded, possibly of a run that had yet to make its first step.
         self._is_resumed = False
 
@@ -42,7 +52,7 @@ class PeriodicWriter(HookBase):
 
     def after_train(self) -> None:
         """Writes what other hooks put at the end, and closes every writer."""
-        call_each([self._write, *(writer.close for writer in self._writers)])
+        call_each([self._write, *(self._surviving(writer.close) for writer in self._writers)])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the writers, by their place and class."""
@@ -57,7 +67,19 @@ class PeriodicWriter(HookBase):
                 writer.load_state_dict(state[key])
 
     def _write(self) -> None:
-        call_each([writer.write for writer in self._writers])
+        call_each([self._surviving(writer.write) for writer in self._writers])
         storage = get_event_storage()
         storage.clear_images()
         storage.clear_histograms()
+
+    def _surviving(self, write: Callable[[], None]) -> Callable[[], None]:
+        @wraps(write)
+        def survive() -> None:
+            try:
+                write()
+            except OSError as e:
+                if self._on_error == "raise":
+                    raise
+                logger.error("METRICS WERE NOT WRITTEN by %s: %s", write.__qualname__, str(e))
+
+        return survive

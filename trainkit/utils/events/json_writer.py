@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from trainkit.utils.errors import CheckpointWriteError
 from trainkit.utils.events.storage import EventStorage, get_event_storage, has_event_storage
 from trainkit.utils.events.writer import EventWriter, NewValues
-from trainkit.utils.file_io import write_atomically
+from trainkit.utils.file_io import leads_out, write_atomically
+
+_MAX_LINE_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +77,19 @@ class JSONWriter(EventWriter):
             self._resume_length = self._path.stat().st_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the length of the file so far, and what may still be added to its last lines."""
+        """Returns the length of the file so far, and what may still be added to its last lines.
+
+        Raises:
+            CheckpointWriteError: If the storage refuses what was written.
+        """
         length = self._resume_length
         if length is None and has_event_storage():
             # Opened now, so that a resumed run does not take an earlier run's lines for its own.
-            file = self._file or self._open(get_event_storage())
-            self._sync()
+            try:
+                file = self._file or self._open(get_event_storage())
+                self._sync()
+            except OSError as e:
+                raise CheckpointWriteError(f"Cannot bring {self._path} to the disk: {e}") from e
             length = file.tell()
         return {
             "length": length,
@@ -98,6 +108,9 @@ class JSONWriter(EventWriter):
 
     def _open(self, storage: EventStorage) -> BinaryIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if leads_out(self._path):
+            logger.warning("%s was a link out of its folder: writing a file instead", self._path)
+            self._path.unlink()
         if self._resume_length is not None:
             self._cut_to(self._resume_length, storage.start_iter)
             self._resume_length = None
@@ -124,11 +137,13 @@ class JSONWriter(EventWriter):
 
     def _drop_lines_from(self, start_iter: int) -> None:
         """Keeps the lines of earlier iterations; a file without any is set aside."""
-        lines = self._path.read_bytes().splitlines()
-        kept = [line for line in lines if _iteration_of(line) < start_iter]
+        with self._path.open("rb") as file:
+            chunks = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
+            lines = (line for chunk in chunks for line in chunk.splitlines())
+            kept = [line.decode() for line in lines if _iteration_of(line) < start_iter]
         if kept:
-            write_atomically(self._path, "".join(f"{line.decode()}\n" for line in kept))
-        elif lines:
+            write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+        elif self._path.stat().st_size:
             aside = self._path.with_name(f"{self._path.stem}.previous{self._path.suffix}")
             logger.warning("Moving the metrics of an earlier run to %s", aside)
             os.replace(self._path, aside)
@@ -142,6 +157,8 @@ class JSONWriter(EventWriter):
 def _iteration_of(line: bytes) -> float:
     """Returns a line's iteration, or infinity for a line that was cut off or is not ours."""
     try:
-        return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
+        # As text: of bytes, json guesses the encoding.
+        iteration = json.loads(line.decode("ascii"))["iteration"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return iteration if type(iteration) is int else math.inf
