@@ -8,6 +8,7 @@ from trainkit.engine.hook_base import HookBase
 from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils import comm
 from trainkit.utils.errors import USER_ERRORS, add_note
+from trainkit.utils.stop_signals import Interruption, StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +31,27 @@ _NOTES = ("Training failed", "Failed")
 
 
 def call_each(
-    functions: Sequence[Callable[[], None]], failure: BaseException | None = None
-) -> None:
+    functions: Sequence[Callable[[], object]], failure: BaseException | None = None
+) -> Interruption | None:
     """Calls all functions, even when some raise.
 
     Args:
         functions: Called in order.
         failure: What has failed before and will be raised by the caller; errors become its notes.
 
+    Returns:
+        The first reason for which one of them was cut short, if any was.
+
     Raises:
         Exception: The first error, with the texts of the others as its notes; none after a failure.
     """
-    first = failure
+    first, interruption = failure, None
     try:
         for function in functions:
             try:
                 function()
+            except StopRequested as stop:
+                interruption = interruption or stop.interruption
             except Exception as e:
                 if first is None:
                     first = e
@@ -56,6 +62,7 @@ def call_each(
                         add_note(first, note)
         if first is not None and failure is None:
             raise first
+        return interruption
     finally:
         # An exception in a local of a frame that it passed through is a reference cycle.
         del first, failure

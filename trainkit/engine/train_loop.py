@@ -62,16 +62,16 @@ class TrainerBase:
         self.storage = EventStorage()
         self.interruption: Interruption | None = None
         self._hooks: list[HookBase] = []
-        self._started_hooks: list[HookBase] = []
+        self._started: list[HookBase] = []
         self._step_hooks = StepHooks([])
         self._loaded: dict[str, Any] = {}
 
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
         """Adds hooks, in their place by priority; None is passed over."""
-        for hook in (h for h in hooks if h is not None):
+        new = [hook for hook in hooks if hook is not None]
+        for hook in new:
             hook.trainer = self
-            self._hooks.append(hook)
-        self._hooks.sort(key=priority_of)
+        self._hooks = sorted([*self._hooks, *new], key=priority_of)
 
     def train(self, start_iter: int, max_iter: int) -> Any:
         """Runs the iterations from `start_iter` up to, not including, `max_iter`.
@@ -109,12 +109,12 @@ class TrainerBase:
         """Calls the hooks' `before_train`."""
         for hook in self._hooks:
             hook.before_train()
-            self._started_hooks.append(hook)
+            self._started.append(hook)
 
     def after_train(self) -> None:
         """Calls `after_train` of every hook that was started, even when one of them raises."""
         self.storage.iter = self.iter
-        call_each([hook.after_train for hook in self._started_hooks])
+        self.interruption = call_each([h.after_train for h in self._started]) or self.interruption
 
     def before_step(self) -> None:
         """Calls the hooks' `before_step`."""
@@ -161,7 +161,7 @@ class TrainerBase:
         """Starts from the loaded state, if this run goes on where that was cut."""
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
-        self.interruption, self._started_hooks = None, []
+        self.interruption, self._started = None, []
         self._step_hooks = StepHooks(self._hooks, start_iter - 1)
         warn_of_states(load_hooks_state_dict(self._hooks, self._loaded.get("hooks")))
         self._loaded = self._loaded if self._loaded.get("iteration") == start_iter - 1 else {}
@@ -312,7 +312,7 @@ class SimpleTrainer(TrainerBase):
         Every rank calls it, in the same iteration: every `gather_metric_period` iterations, and
         before each checkpoint and evaluation. NonFiniteError is raised on all ranks or none.
         """
-        agreed = self._metrics.sync(self.storage, self._batches.describe)
+        agreed = self._metrics.sync(self.storage, lambda *at: self._batches.describe(*at))
         if agreed is not None:
             super().request_stop(*agreed)
 
