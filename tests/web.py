@@ -49,6 +49,8 @@ def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield Web(folder, f"http://127.0.0.1:{server.server_port}", requests)
-        server.shutdown()
-        thread.join()
+        try:
+            yield Web(folder, f"http://127.0.0.1:{server.server_port}", requests)
+        finally:
+            server.shutdown()
+            thread.join()

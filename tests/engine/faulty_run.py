@@ -100,10 +100,10 @@ def kill() -> None:
     get(signal.SIGKILL)
 
 
-def kill_worker() -> None:
-    """Kills a loader's worker."""
-    pid = multiprocessing.active_children()[0].pid
-    os.kill(pid or 0, signal.SIGKILL)
+def kill_workers() -> None:
+    """Kills the workers of all loaders; one that has no more to do would not be missed."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class FaultyImages(Dataset[Any]):

@@ -88,6 +88,18 @@ def test_f12_a_signal_at_any_time_leaves_one_state_that_a_resume_goes_on_from(
     assert_resumes(tmp_path, unbroken)
 
 
+def test_f12_a_signal_to_one_rank_has_all_leave_the_evaluation(tmp_path: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert start(unbroken, world_size=2) == [0, 0]
+    for iteration, newest, num_judged in ((7, 7, 1), (18, 17, 3)):
+        fault = Fault("evaluation", iteration, partial(get, TERM), ranks=(1,))
+        assert start(broken, [], fault, world_size=2, resume=True) == [143, 143]
+        assert saved(broken)[-1] == newest
+        assert [printed(broken, rank).count("Judging") for rank in (0, 1)] == [num_judged] * 2
+    assert start(broken, world_size=2, resume=True) == [0, 0]
+    assert_same_end(broken, unbroken)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("iteration", [0, 8])
 def test_f12_a_signal_during_a_slow_fetch_does_not_wait_for_it(

@@ -214,7 +214,7 @@ def die_with_a_child_left(channel: Connection, rank: int, local_rank: int) -> No
 @pytest.mark.usefixtures("run")
 def test_a_rank_that_died_is_seen_though_its_children_hold_its_pipes() -> None:
     start = time.monotonic()
-    with pytest.raises(RankDiedError, match="^Rank 1 "):
+    with pytest.raises(RankDiedError, match=r"^Rank 1 "):
         Processes(0).run(die_with_a_child_left, 2, ())
     assert time.monotonic() - start < 3
 

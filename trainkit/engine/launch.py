@@ -4,6 +4,7 @@ import atexit
 import datetime
 import gc
 import importlib
+import multiprocessing
 import os
 import socket
 import sys
@@ -61,10 +62,9 @@ def launch(
 
     Raises:
         ConfigError: If the numbers do not go together.
-        Exception: What the first process raised that failed; the others have been ended then.
-        RankDiedError: If that one was killed.
-        KeyboardInterrupt: After Ctrl-C, once all processes have saved and left.
-        SystemExit: So too after SIGTERM and SIGUSR1, with 128 + the signal's number.
+        Exception: What the first process raised that failed, or RankDiedError if that was killed;
+            the others have been ended.
+        KeyboardInterrupt, SystemExit: After a signal, once all processes have saved and left.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_torchruns_rank(main_func, args, timeout)
@@ -78,12 +78,9 @@ def launch(
     if world_size == 1:
         return main_func(*args)
     dist_url = _meeting_point(dist_url, num_machines)
-    processes = Processes(machine_rank * num_gpus_per_machine)
-    processes.run(
-        _worker,
-        num_gpus_per_machine,
-        (num_gpus_per_machine, world_size, dist_url, timeout, main_func, args),
-    )
+    worker_args = (num_gpus_per_machine, world_size, dist_url, timeout, main_func, args)
+    first_rank = machine_rank * num_gpus_per_machine
+    Processes(first_rank).run(_worker, num_gpus_per_machine, worker_args)
     return None
 
 
@@ -100,6 +97,8 @@ def _worker(
 ) -> None:
     """Runs in each new process."""
     threading.Thread(target=_leave_with_launcher, daemon=True).start()
+    # Loader workers start as they do elsewhere: spawned ones would import torch anew, each.
+    multiprocessing.set_start_method(None, force=True)
     os.environ["LOCAL_RANK"] = str(local_rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(num_local)
     exit_code = 0

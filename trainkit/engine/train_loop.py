@@ -195,7 +195,7 @@ class SimpleTrainer(TrainerBase):
         accumulate: Micro-batches drawn for each optimizer step.
         grad_clipper: Clips gradients and returns their norm before.
         seed: Seeds the generators before each forward pass, from (seed, rank, iteration,
-            micro-batch). Without one, checkpoints hold the generators' states.
+            micro-batch).
         non_finite: What follows a loss or gradient that is not finite; see `NonFiniteGuard`.
 
     Raises:
@@ -346,8 +346,8 @@ class SimpleTrainer(TrainerBase):
         state["data"] = self._batches.state_dict()
         state["non_finite"] = self._guard.state_dict()
         state["seed"] = self.seed
-        if self.seed is None:
-            state["rng"] = get_rng_state(self.device)
+        # With a seed too: hooks may draw, in the step that this cuts.
+        state["rng"] = get_rng_state(self.device)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

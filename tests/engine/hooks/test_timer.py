@@ -47,10 +47,14 @@ def test_seconds_of_the_step_alone_are_put_after_the_warmup(loop: Any, clock: Cl
     assert trainer.storage.history("time").values() == [(2.0, 2), (2.0, 3), (2.0, 4)]
 
 
-def test_the_warmup_counts_from_the_start_of_the_run(loop: Any, clock: Clock) -> None:
+def test_a_resumed_run_puts_its_first_seconds_but_does_not_count_them_as_speed(
+    loop: Any, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = timed_loop(loop, clock, warmup_iter=4)
-    trainer.train(10, 15)
-    assert [i for _, i in trainer.storage.history("time").values()] == [13, 14]
+    with caplog.at_level(logging.INFO):
+        trainer.train(10, 15)
+    assert [i for _, i in trainer.storage.history("time").values()] == [10, 11, 12, 13, 14]
+    assert "Overall training speed: 2 iterations" in caplog.text
 
 
 def test_speed_and_share_of_hooks_are_logged(

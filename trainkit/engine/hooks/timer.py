@@ -17,7 +17,8 @@ class IterationTimer(HookBase):
     Runs first, so that no other hook's `before_step` or `after_step` counts as the step's time.
 
     Args:
-        warmup_iter: Iterations at the start of a run, slower than the rest, that do not count.
+        warmup_iter: Iterations at the start, slower than the rest, that do not count: of a run
+            for the metric, and of each resume for the speed that is logged.
     """
 
     priority = 0
@@ -47,8 +48,10 @@ class IterationTimer(HookBase):
         seconds = time.perf_counter() - self._step_start
         self._all_seconds += seconds
         trainer = self.trainer
-        if trainer.iter - trainer.start_iter + 1 >= self._warmup_iter:
+        # Of a run, not of a resume: its lines in metrics.json are those of an unbroken run.
+        if trainer.iter + 1 >= self._warmup_iter:
             trainer.storage.put_scalar("time", seconds)
+        if trainer.iter - trainer.start_iter + 1 >= self._warmup_iter:
             self._step_seconds += seconds
             self._num_timed += 1
 
