@@ -479,6 +479,28 @@ def test_a_seeded_trainer_draws_dropout_whatever_its_hooks_draw(
     assert not same(weights(other_seed), weights(quiet))
 
 
+@pytest.mark.parametrize("seed", [None, 11])
+def test_what_a_hook_draws_behind_the_checkpoint_is_drawn_again(
+    simple: MakeTrainer, seed: int | None
+) -> None:
+    def put_noise(trainer: SimpleTrainer) -> None:
+        trainer.storage.put_scalar("noise", torch.rand(1).item() + random.random())
+
+    states: list[dict[str, Any]] = []
+    unbroken = simple(seed=seed)
+    unbroken.register_hooks([saving_at(2, states), CallbackHook(after_step=put_noise)])
+    unbroken.train(0, 5)
+
+    torch.manual_seed(77)
+    resumed = simple(seed=seed)
+    resumed.register_hooks([saving_at(2, []), CallbackHook(after_step=put_noise)])
+    resumed.model.load_state_dict(states[0]["model"])
+    resumed.load_state_dict(states[0]["trainer"])
+    resumed.train(3, 5)
+    noises = [t.storage.history("noise").values() for t in (resumed, unbroken)]
+    assert noises[0] == noises[1]
+
+
 def test_a_seed_travels_in_the_state(simple: MakeTrainer) -> None:
     trainer = simple(seed=5)
     trainer.train(0, 1)
