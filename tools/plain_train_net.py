@@ -58,7 +58,12 @@ def train(cfg: CfgNode, model: torch.nn.Module, resume: bool) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     checkpointer = Checkpointer(
-        model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler, data=data_loader
+        model,
+        cfg.OUTPUT_DIR,
+        trust_pickle=cfg.MODEL.TRUST_PICKLE,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        data=data_loader,
     )
     # Weights from another run come with its iteration too, which is not this run's.
     resumed = resume and checkpointer.has_checkpoint()
@@ -121,7 +126,8 @@ def main(args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     model = build_model(cfg)
     if args.eval_only:
-        Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         evaluate(cfg, model)
     else:
         with hold_run_folder(cfg.OUTPUT_DIR):

@@ -314,7 +314,7 @@ def test_f23_a_record_that_many_names_repeat_is_refused(tmp_path: Path) -> None:
     path.write_bytes(archive_of(forged))
     assert path.stat().st_size < before + 2_000
     assert len(torch.load(path, weights_only=True)) == len(keys)
-    with pytest.raises(CheckpointError, match=r"its tensors claim 1,600,000 bytes, more than the"):
+    with pytest.raises(CheckpointError, match=r"its values claim 1,600,000 bytes, more than the"):
         load_checkpoint(path)
 
 

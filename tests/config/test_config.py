@@ -5,7 +5,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from iopath.common.file_io import PathHandler
@@ -464,12 +464,23 @@ def test_aliases_of_modest_size_are_taken(cfg: CfgNode, write_yaml: WriteYaml) -
     assert (node.A.X, node.B.X) == (3, 2)
 
 
-def test_f23_bases_that_multiply_are_refused(cfg: CfgNode, write_yaml: WriteYaml) -> None:
+def test_f23_bases_that_multiply_are_refused(
+    cfg: CfgNode, write_yaml: WriteYaml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    open_cfg = CfgNode._open_cfg
+
+    def noting(name: str) -> IO[str]:
+        opened.append(name)
+        return open_cfg(name)
+
+    monkeypatch.setattr(CfgNode, "_open_cfg", noting)
     write_yaml("x0.yaml", "SOLVER: {MAX_ITER: 5}")
     for i in range(1, 20):
         path = write_yaml(f"x{i}.yaml", f"_BASE_: [{f'x{i - 1}.yaml, ' * 10}]")
     with pytest.raises(ConfigError, match=r"x\d+\.yaml: its _BASE_ leads back .* over 50 files"):
         cfg.merge_from_file(path)
+    assert len(opened) == 51
 
 
 @pytest.mark.parametrize("key", ["NESTEROV", "BASE_LR", "STEPS"])

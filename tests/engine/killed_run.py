@@ -36,10 +36,12 @@ class Setup(NamedTuple):
     Attributes:
         is_seeded: Whether generators are seeded before each forward pass, or else saved.
         ddp: Further arguments of DistributedDataParallel.
+        has_memory: Whether the loss depends on a buffer of each rank's own.
     """
 
     is_seeded: bool = True
     ddp: tuple[tuple[str, Any], ...] = ()
+    has_memory: bool = False
 
 
 PLAIN = Setup()
@@ -166,13 +168,33 @@ class FirstSamples(Dataset[Any]):
         return {**self._dataset[index], "index": index}
 
 
+class Memory(nn.Module):
+    """Weights the loss of a model by the labels that this rank has seen."""
+
+    mean: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        output: dict[str, torch.Tensor] = self.model(batch)
+        if self.training:
+            # Not in place, as many models do it.
+            self.mean = 0.9 * self.mean + 0.1 * batch["label"].float().mean()
+            output["loss_cls"] = output["loss_cls"] * (1 + self.mean)
+        return output
+
+
 class KilledTrainer(DefaultTrainer):
     current: "KilledTrainer"
+    setup: Setup
 
-    def __init__(self, cfg: CfgNode, kill: Kill | None, is_seeded: bool = True) -> None:
+    def __init__(self, cfg: CfgNode, kill: Kill | None) -> None:
         self.kill = kill
         super().__init__(cfg)
-        if not is_seeded:
+        if not self.setup.is_seeded:
             self.seed = None
             # Every rank its own, which a resume has to bring back.
             torch.manual_seed(comm.get_rank())
@@ -189,6 +211,11 @@ class KilledTrainer(DefaultTrainer):
             hooks.insert(3, KillHook(*self.kill, priority=50))
             hooks.append(KillHook(*self.kill, priority=60))
         return hooks
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        return Memory(model) if cls.setup.has_memory else model
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -248,19 +275,17 @@ def run(
     # Loader workers start as usual, not as this process did.
     mp.set_start_method("fork", force=True)
     defaults.create_ddp_model = partial(create_ddp_model, **dict(setup.ddp))
-    cfg = small_cfg(output_dir, opts)
-    trainer = KilledTrainer(cfg, kill, setup.is_seeded)
+    KilledTrainer.setup = setup
+    trainer = KilledTrainer(small_cfg(output_dir, opts), kill)
     trainer.resume_or_load(resume)
     if kill is not None:
         kill_in_calls(trainer)
     trainer.train()
-    state = {"model": unwrapped(trainer.model).state_dict()}
+    state = {"model": unwrapped(trainer.model).state_dict(), "generators": get_rng_state()}
     if comm.is_main_process():
         state["hooks"] = hooks_state_dict(trainer._hooks)
         # It holds timings.
         del state["hooks"]["PeriodicWriter"]
-    if not setup.is_seeded:
-        state["generators"] = get_rng_state()
     torch.save(state, output_dir / f"end.{comm.get_rank()}.pth")
 
 

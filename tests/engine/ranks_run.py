@@ -163,7 +163,7 @@ def train(folder: Path, fault: Fault) -> None:
         ]
     )
     try:
-        trainer.train(0, 40)
+        trainer.train(0, 1000)
     finally:
         (folder / f"iter-{rank}").write_text(json.dumps(trainer.iter))
 

@@ -179,14 +179,20 @@ def test_f14_a_run_that_went_back_and_was_killed_ends_like_one_that_was_not(
     assert_same(ends(tmp_path, world_size), ends(expected, world_size))
 
 
-@pytest.mark.parametrize("place", ["before_step", "rolled back"])
+@pytest.mark.parametrize(
+    ("world_size", "place", "iteration"),
+    [(1, "before_step", 8), (1, "rolled back", 5), (2, "before_step", 8)],
+)
 def test_f14_a_signal_is_not_forgotten_when_a_run_goes_back(
-    tmp_path: Path, unbroken: Unbroken, place: str
+    tmp_path: Path, unbroken: Unbroken, world_size: int, place: str, iteration: int
 ) -> None:
-    fault = Fault(place, {"before_step": 8, "rolled back": 5}[place], partial(get, signal.SIGTERM))
-    assert start(tmp_path, ROLLBACK, fault, sample=poisoned(8, 1)) == [143]
-    assert start(tmp_path, ROLLBACK, sample=poisoned(8, 1), resume=True) == [0]
-    assert_same_end(tmp_path, unbroken(ROLLBACK, 1))
+    sample = poisoned(8, world_size)
+    fault = Fault(place, iteration, partial(get, signal.SIGTERM), ranks=(sample.rank,))
+    codes = start(tmp_path, ROLLBACK, fault, sample=sample, world_size=world_size)
+    assert codes == [143] * world_size
+    codes = start(tmp_path, ROLLBACK, sample=sample, world_size=world_size, resume=True)
+    assert set(codes) == {0}
+    assert_same_end(tmp_path, unbroken(ROLLBACK, world_size))
 
 
 def test_f14_a_run_that_goes_back_in_vain_gives_up(tmp_path: Path) -> None:

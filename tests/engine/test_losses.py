@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.engine.losses import (
-    BufferCopies,
+    TensorCopies,
     micro_batch_weights,
     parse_losses,
     poisoned_if_not_finite,
@@ -129,13 +129,21 @@ def test_buffers_are_put_back_those_included_that_were_poisoned() -> None:
     model = Normalized()
     model(torch.randn(4, 3))
     before = copy.deepcopy(model.state_dict())
-    buffers = BufferCopies(model)
+    buffers = TensorCopies(lambda: dict(model.named_buffers()))
     model(torch.full((4, 3), math.nan))
     assert model.norm.running_mean is not None
     assert model.norm.running_mean.isnan().all()
     buffers.restore()
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_buffer_that_the_model_replaced_is_put_back_too() -> None:
+    model = Normalized()
+    buffers = TensorCopies(lambda: dict(model.named_buffers()))
+    model.norm.running_mean = torch.full((3,), math.nan)
+    buffers.restore()
+    assert torch.equal(model.norm.running_mean, torch.zeros(3))
 
 
 @pytest.fixture

@@ -72,9 +72,13 @@ class Variant(NamedTuple):
 
 
 NO_SEED = Setup(is_seeded=False)
+MEMORY = Setup(has_memory=True)
 # The net has 6 KB of parameters.
 BUCKETS = Setup(ddp=(("bucket_cap_mb", 0.001),))
 VIEWS = Setup(ddp=(*BUCKETS.ddp, ("gradient_as_bucket_view", True)))
+STATIC = Setup(ddp=(("static_graph", True),))
+# So that the first kill leaves a single step.
+SAVING = ("SOLVER.CHECKPOINT_PERIOD", 1)
 VARIANTS = {
     "one rank": Variant(1, 0),
     "one rank, 2 workers": Variant(1, 2),
@@ -82,9 +86,11 @@ VARIANTS = {
     "one rank, no seed": Variant(1, 0, setup=NO_SEED),
     "two ranks, accumulation, bf16": Variant(2, 0, BF16, kills=PLACES[::2]),
     "two ranks, 2 workers, no seed": Variant(2, 2, setup=NO_SEED, kills=PLACES[1::2]),
+    "two ranks, buffers of their own": Variant(2, 0, setup=MEMORY, kills=PLACES[1::4]),
     "three ranks, buckets": Variant(3, 0, setup=BUCKETS),
     "three ranks, 2 workers, accumulation, bf16": Variant(3, 2, BF16, VIEWS, PLACES[1::2]),
-    "three ranks, no seed": Variant(3, 0, setup=NO_SEED, kills=PLACES[::2]),
+    "three ranks, no seed": Variant(3, 0, setup=NO_SEED, kills=PLACES[::4]),
+    "three ranks, static graph": Variant(3, 0, SAVING, STATIC, [("step", 1), *PLACES[::4]]),
 }
 
 

@@ -269,7 +269,10 @@ class Checkpointer(_Checkpointer):
 
     def _is_valid(self, path: Path) -> bool:
         # What this process wrote last is not read again at every save.
-        return run_folder.signature(path) == self._saved or not run_folder.find_fault(path)
+        with contextlib.suppress(OSError):
+            if run_folder.signature(path) == self._saved:
+                return True
+        return not run_folder.find_fault(path)
 
     def _resume(self, candidates: list[str]) -> dict[str, Any]:
         faults = []

@@ -187,13 +187,13 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _load_plain(path: str | os.PathLike[str]) -> Any:
-    """Loads tensors and plain values, in no more memory than the file is long."""
+    """Loads tensors and plain values, none of them larger than the file is long."""
     is_zip = read_end(path).record_at is not None
     # Mapped at first: whatever sizes the pickle claims, torch reads nothing beyond the file then.
     data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     num_bytes = tensor_bytes(data)
     if num_bytes > os.path.getsize(path):
-        raise ValueError(f"its tensors claim {num_bytes:,} bytes, more than the file has")
+        raise ValueError(f"its values claim {num_bytes:,} bytes, more than the file has")
     # Of its own memory: a map would keep a deleted file's space, and fail with the file.
     return copy.deepcopy(data) if is_zip else data
 

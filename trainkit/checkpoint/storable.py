@@ -48,12 +48,14 @@ def check_storable(data: Any) -> None:
 
 
 def tensor_bytes(data: Any) -> int:
-    """Returns the bytes that the tensors in `data` take in a file; shared memory counts once."""
+    """Returns the bytes that tensors and byte strings take in a file; shared memory counts once."""
     storages: dict[int, int] = {}
     for _, value in _leaves(data, "", set()):
         if type(value) in _TENSORS and value.layout == torch.strided and not value.is_meta:
             storage = value.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
+        elif type(value) in (bytes, bytearray):
+            storages[id(value)] = len(value)
     return sum(storages.values())
 
 

@@ -57,8 +57,10 @@ class BatchStream:
 
     @property
     def place(self) -> Any:
-        """Where the next batch begins: the loader's position, or (epoch, batches consumed)."""
-        return getattr(self._loader, "position", (self._epoch, self._num_consumed))
+        """Where the next batch begins: a `TrainLoader`'s position, or (epoch, batches consumed)."""
+        if hasattr(self._loader, "samples_at"):
+            return self._loader.position  # type: ignore[attr-defined]  # of such a loader
+        return self._epoch, self._num_consumed
 
     def check_can_pass_over(self) -> None:
         """Checks that the loader can leave samples out.
@@ -86,6 +88,8 @@ class BatchStream:
             rank: Whose share of the step is meant; None for that of all.
         """
         if not hasattr(self._loader, "samples_at"):
+            if self._is_stateful:
+                return ""  # Only it knows where it stands.
             return f"The step began with batch {place[1]} of epoch {place[0]}. "
         keys = self._loader.samples_at(place, rank)
         listed = [f"{epoch}:{offset}={index}" for index, epoch, offset in keys[:_MAX_LISTED]]

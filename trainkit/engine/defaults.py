@@ -102,7 +102,9 @@ class DefaultTrainer(SimpleTrainer):
         )
         self.cfg = cfg
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE, trainer=weakref.proxy(self)
+        )
         self._num_rollbacks: Counter[int] = Counter()
         if cfg.SOLVER.NON_FINITE == "rollback":
             self._batches.check_can_pass_over()
@@ -182,11 +184,7 @@ class DefaultTrainer(SimpleTrainer):
                 verify_results(self.cfg, self._last_results)
 
     def _roll_back(self, iteration: int) -> bool:
-        """Goes back to the last checkpoint, and passes over the samples of an iteration.
-
-        Returns:
-            False if that is not wanted, or does not help.
-        """
+        """Goes back to the last checkpoint and passes over a batch, if that is to help."""
         place = self._metrics.places.get(iteration)
         if self.cfg.SOLVER.NON_FINITE != "rollback" or place is None:
             return False

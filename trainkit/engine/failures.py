@@ -1,8 +1,9 @@
 """What failed, and where: the first error of several, on which rank, in what part of a run."""
 
+import contextlib
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from trainkit.engine.hook_base import HookBase
 from trainkit.evaluation.testing import ResultsMismatchError
@@ -66,6 +67,30 @@ def call_each(
     finally:
         # An exception in a local of a frame that it passed through is a reference cycle.
         del first, failure
+
+
+def checked_policy(on_error: str) -> str:
+    """Returns what follows a failed write, if it is a policy: "raise" or "warn".
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if on_error not in ("raise", "warn"):
+        raise ValueError(
+            f"on_error (CHECKPOINT.ON_ERROR) is {on_error!r}; it must be 'raise' or 'warn'."
+        )
+    return on_error
+
+
+@contextlib.contextmanager
+def surviving(kind: type[Exception], on_error: str, what: str) -> Iterator[None]:
+    """Trains on without `what`, whose write the storage refused, raising `kind`, if that is set."""
+    try:
+        yield
+    except kind as e:
+        if on_error == "raise":
+            raise
+        logger.error("TRAINING GOES ON WITHOUT %s. %s", what, str(e))
 
 
 def place_of(failure: BaseException) -> str:

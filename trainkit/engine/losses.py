@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.utils.errors import ConfigError
+from trainkit.utils.events.storage import EventStorage
 from trainkit.utils.nested import batch_size
 from trainkit.utils.random import get_rng_state, set_rng_state
 
@@ -88,28 +89,36 @@ def rehearse(model: nn.Module, forward_backward: Callable[[], Any]) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         device = next(model.parameters()).device
-        buffers, rng_state = BufferCopies(model), get_rng_state(device)
-        forward_backward()
+        copies, rng_state = TensorCopies(lambda: _tensors(model)), get_rng_state(device)
+        # What the model puts there is put once more by the step itself.
+        with EventStorage():
+            forward_backward()
         model.zero_grad()
-        buffers.restore()
+        copies.restore()
         set_rng_state(rng_state, device)
 
 
-class BufferCopies:
-    """The buffers of a model, such as running statistics, as they are now.
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+class TensorCopies:
+    """Tensors of a model, such as running statistics, as they are now.
 
     Args:
-        model: The model.
+        get: Returns them by name; asked again when they are restored, for a model may put another
+            tensor in the place of one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._pairs = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    def __init__(self, get: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self._get = get
+        self._copies = {name: tensor.clone() for name, tensor in get().items()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Gives the buffers their values back."""
-        for buffer, copy in self._pairs:
-            buffer.copy_(copy)
+        """Gives the tensors their values back."""
+        for name, tensor in self._get().items():
+            tensor.copy_(self._copies[name])
 
 
 def _describe(output: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainkit.engine.losses import BufferCopies
+from trainkit.engine.losses import TensorCopies
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.storage import EventStorage
@@ -62,7 +62,7 @@ class NonFiniteGuard:
         self.policy = policy
         self.num_skipped = 0
         self._num_in_a_row = 0
-        self._buffers: BufferCopies | None = None
+        self._buffers: TensorCopies | None = None
 
     @property
     def judges_now(self) -> bool:
@@ -72,7 +72,7 @@ class NonFiniteGuard:
     def begin_step(self, model: nn.Module) -> None:
         """Keeps what a skipped step must leave as it was."""
         if self.policy == "skip":
-            self._buffers = BufferCopies(model)
+            self._buffers = TensorCopies(lambda: dict(model.named_buffers()))
 
     def must_skip(self, grad_norm: torch.Tensor) -> bool:
         """Whether the update is to be left out."""

@@ -1,5 +1,6 @@
 """The loop, shown as the loop: `TrainerBase`, and `SimpleTrainer`'s step."""
 
+import copy
 import logging
 import time
 from collections.abc import Iterable
@@ -99,7 +100,7 @@ class TrainerBase:
                 call_each([self.after_train], failure)
                 raise
             self.after_train()
-        leave(self.interruption)
+            leave(self.interruption)
 
     def run_step(self) -> None:
         """One iteration; subclasses say what it is."""
@@ -275,7 +276,7 @@ class SimpleTrainer(TrainerBase):
         batches = [next(self._batches) for _ in range(self.accumulate)]
         if self._must_rehearse:
             self._must_rehearse = False
-            rehearse(self.model, lambda: self._forward_backward(batches))
+            rehearse(self.model, lambda: self._forward_backward(copy.deepcopy(batches)))
         return batches
 
     def _forward_backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from types import FrameType
 
 from termcolor import colored
 
+from trainkit.utils.file_io import leads_out
+
 
 class _Formatter(logging.Formatter):
     """Writes `[11/21 10:00:00 trainkit.engine]: message`; warnings and worse say what they are."""
@@ -98,6 +100,8 @@ def setup_logger(
         _remove_handlers(logger, _RankFileHandler)
         path = _log_file(Path(output), distributed_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if leads_out(path):
+            path.unlink()
         file = _RankFileHandler(path, mode="a", encoding="utf-8")
         file.setFormatter(_Formatter(name, abbrev_name, color=False))
         logger.addHandler(file)

@@ -1,10 +1,8 @@
 """Hooks that save: now and then, at the end, on interruption, and when the model is the best."""
 
-import contextlib
 import logging
 import math
 import operator
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,12 @@ from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.checkpoint.periodic import PeriodicCheckpointer as _PeriodicCheckpointer
 from trainkit.checkpoint.space import SpaceWatch
 from trainkit.checkpoint.storable import check_storable, tensor_bytes
+from trainkit.engine.failures import checked_policy, surviving
 from trainkit.engine.hook_base import HookBase, hooks_state_dict
 from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointWriteError
 from trainkit.utils.period import is_due
+from trainkit.utils.random import get_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class PeriodicCheckpointer(HookBase):
         self._periodic = _PeriodicCheckpointer(
             checkpointer, period, max_iter, max_to_keep, file_prefix
         )
-        self._on_error = _checked(on_error)
+        self._on_error = checked_policy(on_error)
         self._has_final = False
         self._space: SpaceWatch | None = None
 
@@ -68,7 +68,7 @@ class PeriodicCheckpointer(HookBase):
         if is_due(trainer.iter, periodic.period):
             if self._space:
                 self._space.check_save(periodic.max_to_keep)
-            with _surviving(self._on_error):
+            with surviving(CheckpointWriteError, self._on_error, "A CHECKPOINT"):
                 periodic.save_numbered(trainer.iter)
         if self._has_final:
             periodic.save_final(trainer.iter)
@@ -149,7 +149,7 @@ class BestCheckpointer(HookBase):
         self._metric = val_metric
         self._is_better = operator.gt if mode == "max" else operator.lt
         self._file_prefix = file_prefix
-        self._on_error = _checked(on_error)
+        self._on_error = checked_policy(on_error)
         self._best: float | None = None
         self._best_iter: int | None = None
 
@@ -187,7 +187,7 @@ class BestCheckpointer(HookBase):
         )
         # Set first: the checkpoint holds this hook's state.
         before, self._best, self._best_iter = (self._best, self._best_iter), value, iteration
-        with _surviving(self._on_error):
+        with surviving(CheckpointWriteError, self._on_error, "A CHECKPOINT"):
             try:
                 self._checkpointer.save_untagged(self._file_prefix, iteration=iteration)
             except CheckpointWriteError:
@@ -209,28 +209,9 @@ class BestCheckpointer(HookBase):
         return value if put_iter >= iteration and math.isfinite(value) else None
 
 
-def _checked(on_error: str) -> str:
-    if on_error not in ("raise", "warn"):
-        raise ValueError(
-            f"on_error (CHECKPOINT.ON_ERROR) is {on_error!r}; it must be 'raise' or 'warn'."
-        )
-    return on_error
-
-
-@contextlib.contextmanager
-def _surviving(on_error: str) -> Iterator[None]:
-    """Trains on after a save that the storage refused, which every rank learns, if that is set."""
-    try:
-        yield
-    except CheckpointWriteError as e:
-        if on_error == "raise":
-            raise
-        logger.error("TRAINING GOES ON WITHOUT A CHECKPOINT. %s", str(e))
-
-
 def _parts(trainer: Any) -> dict[str, Any]:
     """Returns the states in a trainer's state_dict that a rank can tell without the others."""
-    states = {"hooks": hooks_state_dict(trainer._hooks)}
+    states = {"hooks": hooks_state_dict(trainer._hooks), "rng": get_rng_state()}
     for name, attribute in (("optimizer", "optimizer"), ("data", "_batches")):
         if hasattr(trainer, attribute):
             states[name] = getattr(trainer, attribute).state_dict()

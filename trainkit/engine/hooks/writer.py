@@ -1,17 +1,14 @@
 """`PeriodicWriter`: brings metrics out, after everybody has put them in."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-from trainkit.engine.failures import call_each
+from trainkit.engine.failures import call_each, checked_policy, surviving
 from trainkit.engine.hook_base import HookBase
 from trainkit.utils.events.storage import get_event_storage
 from trainkit.utils.events.writer import EventWriter
 from trainkit.utils.period import is_due
-
-logger = logging.getLogger(__name__)
 
 
 class PeriodicWriter(HookBase):
@@ -33,7 +30,7 @@ class PeriodicWriter(HookBase):
     ) -> None:
         self._writers = list(writers)
         self._period = period
-        self._on_error = on_error
+        self._on_error = checked_policy(on_error)
         # A state was loaded, possibly of a run that had yet to make its first step.
         self._is_resumed = False
 
@@ -52,7 +49,7 @@ class PeriodicWriter(HookBase):
 
     def after_train(self) -> None:
         """Writes what other hooks put at the end, and closes every writer."""
-        call_each([self._write, *(self._surviving(writer.close) for writer in self._writers)])
+        call_each([self._write, *map(self._surviving, (w.close for w in self._writers))])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the writers, by their place and class."""
@@ -73,13 +70,5 @@ class PeriodicWriter(HookBase):
         storage.clear_histograms()
 
     def _surviving(self, write: Callable[[], None]) -> Callable[[], None]:
-        @wraps(write)
-        def survive() -> None:
-            try:
-                write()
-            except OSError as e:
-                if self._on_error == "raise":
-                    raise
-                logger.error("METRICS WERE NOT WRITTEN by %s: %s", write.__qualname__, str(e))
-
-        return survive
+        what = f"METRICS, by {write.__qualname__}"
+        return wraps(write)(surviving(OSError, self._on_error, what)(write))
