@@ -1,5 +1,6 @@
 import json
 import logging
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.evaluation.evaluator import DatasetEvaluator
 from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
 
 MakeCfg = Callable[..., CfgNode]
 
@@ -633,3 +634,17 @@ def test_a_resumed_run_takes_over_a_drawn_seed_silently(
         resumed.resume_or_load(resume=True)
     assert "seed" not in caplog.text
     assert resumed.seed == resumed.cfg.SEED == first.seed
+
+
+def test_old_pickles_load_only_where_the_config_trusts_them(
+    make_cfg: MakeCfg, tmp_path: Path
+) -> None:
+    weights = DefaultTrainer(make_cfg()).model.state_dict()
+    path = tmp_path / "old.pkl"
+    path.write_bytes(pickle.dumps({"model": {k: (v + 1).numpy() for k, v in weights.items()}}))
+    opts = ("MODEL.WEIGHTS", str(path))
+    with pytest.raises(CheckpointError, match=r"MODEL\.TRUST_PICKLE"):
+        DefaultTrainer(make_cfg(*opts)).resume_or_load(resume=False)
+    trainer = DefaultTrainer(make_cfg(*opts, "MODEL.TRUST_PICKLE", True))
+    trainer.resume_or_load(resume=False)
+    assert all(torch.equal(v, weights[k] + 1) for k, v in trainer.model.state_dict().items())
