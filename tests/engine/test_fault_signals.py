@@ -158,7 +158,8 @@ def test_f12_a_second_signal_forces_the_exit_of_a_run_that_hangs(
 def test_f12_the_sigterm_that_follows_slurms_notice_is_not_a_second_signal(
     tmp_path: Path, unbroken: Path
 ) -> None:
-    assert start(tmp_path, [], Fault("save", 11, partial(get, USR1, TERM))) == [143]
+    # That the job is to be requeued is not forgotten.
+    assert start(tmp_path, [], Fault("save", 11, partial(get, USR1, TERM))) == [138]
     assert saved(tmp_path)[-1] == 11
     assert_resumes(tmp_path, unbroken)
 

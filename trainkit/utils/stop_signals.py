@@ -85,9 +85,10 @@ class _Listener:
         if self.exit_code == 0:
             name = signal.Signals(signum).name
             _say(f"{name}: leaving once this is saved. A second signal leaves at once, unsaved.")
-        self.exit_code = max(self.exit_code, 128 + signum)
+        # The first one counts: what Slurm said notice of is requeued, though SIGTERM follows.
+        self.exit_code = self.exit_code or 128 + signum
         if self._request_stop is not None:
-            self._request_stop(signal.Signals(signum).name, exit_code=self.exit_code)
+            self._request_stop(_by_signal(self.exit_code).reason, exit_code=self.exit_code)
         if self.may_raise and comm.get_world_size() == 1:
             # A copy must not raise again, out of the save that follows.
             self.may_raise = False
