@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from trainkit.utils.random import isolated_rng, seed_generators
 
 # Two processes of a test on two cores must not fight for them with threads of their own.
 torch.set_num_threads(1)
+# A shell that runs the tests in its background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

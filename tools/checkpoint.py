@@ -89,8 +89,12 @@ def list_folder(folder: Path, fast: bool = False) -> str:
     rows, taken = [], ""
     for path in checkpoints_in(folder):
         state, reason = judge(path, fast)
+        manifest = read_manifest(path)
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue  # A run that goes on has deleted it meanwhile.
         taken = taken or ("" if reason else path.name)
-        manifest, stat = read_manifest(path), path.stat()
         iteration = "" if manifest is None or manifest.iteration is None else manifest.iteration
         saved_at = manifest.saved_at_ns / 1e9 if manifest else stat.st_mtime
         age = describe_age(time.time() - saved_at)
@@ -110,7 +114,8 @@ def _describe_pointer(folder: Path) -> str:
     pointer = folder / run_folder.POINTER
     if not pointer.is_file():
         return f"There is no {run_folder.POINTER}."
-    name = pointer.read_bytes()[: 4 * MAX_TEXT].decode("utf-8", "replace").strip()
+    with pointer.open("rb") as file:
+        name = file.read(4 * MAX_TEXT).decode("utf-8", "replace").strip()
     is_there = os.path.basename(name) == name and (folder / name).is_file()
     missing = "" if is_there else ", which is not there"
     return f"{run_folder.POINTER} names {name if is_there else repr(name)}{missing}."
@@ -151,21 +156,25 @@ def _check_is_file(path: Path) -> None:
         raise CheckpointError(run_folder.describe_missing(os.fspath(path)))
 
 
-def leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(data: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Yields tensors and plain values, those lists whole that hold nothing else, with their paths.
 
     Args:
         data: Any nesting of dicts, lists and tuples.
         path: Where it is.
+        above: The ids of what it lies in; what lies in itself is passed over.
     """
+    if id(data) in above:
+        return
+    above = (*above, id(data))
     if isinstance(data, dict) and data:
         for key, value in data.items():
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key), above)
     elif isinstance(data, (list, tuple)) and any(
         isinstance(value, (dict, list, tuple, torch.Tensor)) for value in data
     ):
         for index, value in enumerate(data):
-            yield from leaves(value, f"{path}[{index}]")
+            yield from leaves(value, f"{path}[{index}]", above)
     else:
         yield path, data
 

@@ -1,6 +1,6 @@
 """F22: each kind of hook raises in each of its methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.engine.killed_run import small_cfg
+from trainkit.data import DatasetCatalog
 from trainkit.engine import CallbackHook, DefaultTrainer, HookBase
 
 pytestmark = pytest.mark.faults
@@ -21,6 +22,13 @@ KINDS = (
 
 OPTS = ["SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 2]
 OPTS += ["TEST.EVAL_PERIOD", 2, "LOG_PERIOD", 1, "DATALOADER.NUM_WORKERS", 0]
+
+
+@pytest.fixture(autouse=True)
+def _data_sets_are_forgotten() -> Iterator[None]:
+    yield
+    for name in ("tiny_train", "tiny_test"):
+        DatasetCatalog.remove(name)
 
 
 class Watched(DefaultTrainer):

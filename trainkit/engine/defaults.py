@@ -24,6 +24,7 @@ from trainkit.engine.hooks.lr_scheduler import LRScheduler
 from trainkit.engine.hooks.timer import IterationTimer
 from trainkit.engine.hooks.writer import PeriodicWriter
 from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
+from trainkit.engine.preemption import leave
 from trainkit.engine.setup import (
     create_ddp_model,
     default_argument_parser,
@@ -37,17 +38,14 @@ from trainkit.evaluation.classification import ClassificationEvaluator
 from trainkit.evaluation.evaluator import DatasetEvaluator, inference_on_dataset
 from trainkit.evaluation.testing import print_csv_format, verify_results
 from trainkit.modeling.build import build_model
-from trainkit.solver.build import (
-    build_lr_scheduler,
-    build_optimizer,
-    optimizer_implementation,
-)
+from trainkit.solver.build import build_lr_scheduler, build_optimizer, optimizer_implementation
 from trainkit.solver.clip import build_grad_clipper
 from trainkit.utils import comm
 from trainkit.utils.device import autocast, resolve_device
 from trainkit.utils.env import seed_all_rng
 from trainkit.utils.errors import UnknownNameError
 from trainkit.utils.events.writer import EventWriter
+from trainkit.utils.stop_signals import stop_signals, stopping
 
 __all__ = [
     "DefaultTrainer",
@@ -160,7 +158,7 @@ class DefaultTrainer(SimpleTrainer):
             )
             return {}
         self._last_results = {}
-        with hold_run_folder(self.cfg.OUTPUT_DIR):
+        with hold_run_folder(self.cfg.OUTPUT_DIR), stop_signals(self.request_stop):
             self.checkpointer.clear_finished()
             write_config(self.cfg)
             while True:
@@ -170,6 +168,8 @@ class DefaultTrainer(SimpleTrainer):
                 except NonFiniteError as error:
                     if not self._roll_back(error.iteration):
                         raise
+                # A signal that came meanwhile; there is nothing newer to be saved.
+                leave(stopping())
                 start_iter = self.start_iter
             self._finish()
         return self._last_results

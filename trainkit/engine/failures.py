@@ -5,6 +5,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
+from trainkit.data.common import WorkerDiedError
 from trainkit.engine.hook_base import HookBase
 from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils import comm
@@ -18,7 +19,10 @@ class RankDiedError(RuntimeError):
     """A process of several that ended without an error of its own, as by SIGKILL."""
 
 
-MESSAGE_ERRORS = (*USER_ERRORS, ResultsMismatchError, FloatingPointError, RankDiedError)
+MESSAGE_ERRORS = (
+    *(*USER_ERRORS, ResultsMismatchError, FloatingPointError),
+    *(RankDiedError, WorkerDiedError),
+)
 """Errors whose text says all; a traceback would hide it."""
 
 _HOOK_METHODS = frozenset(name for name in vars(HookBase) if not name.startswith("_"))
@@ -132,8 +136,11 @@ def note_place(failure: BaseException, iteration: int | None = None) -> str:
 def log_failure(iteration: int, failure: BaseException) -> None:
     """Logs what ended a run and where, with a traceback unless its text says all."""
     says_all = isinstance(failure, (*MESSAGE_ERRORS, KeyboardInterrupt))
-    log = logger.error if says_all else logger.exception
-    log("%s %s", note_place(failure, iteration), summary(failure))
+    note = note_place(failure, iteration)
+    if says_all:
+        logger.error("%s %s: %s", note, type(failure).__name__, failure)
+    else:
+        logger.exception("%s %s", note, summary(failure))
 
 
 def summary(failure: BaseException) -> str:

@@ -26,6 +26,7 @@ from trainkit.engine.preemption import PreemptedExit
 from trainkit.engine.processes import Processes, report_error
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
+from trainkit.utils.stop_signals import is_asked_to_stop
 
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
@@ -121,7 +122,9 @@ def _leave_with_launcher() -> None:
     launcher = parent_process()
     assert launcher is not None
     launcher.join()
-    os.kill(os.getpid(), SIGTERM)
+    # One more signal would have it leave at once, unsaved.
+    if not is_asked_to_stop():
+        os.kill(os.getpid(), SIGTERM)
 
 
 def _run_as_torchruns_rank(

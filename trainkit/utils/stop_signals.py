@@ -211,6 +211,11 @@ def interruptible() -> Iterator[None]:
         listener.may_raise = False
 
 
+def is_asked_to_stop() -> bool:
+    """Whether a signal has asked this very process to leave."""
+    return _listener is not None and _listener.exit_code != 0
+
+
 def stopping() -> Interruption | None:
     """Returns why all ranks leave, if a signal asked any of them to; a collective on several."""
     exit_code = _listener.exit_code if _listener else 0
