@@ -157,11 +157,11 @@ def test_a_rehearsal_leaves_model_and_generators_as_they_were(ddp: DistributedDa
     before, rng = copy.deepcopy(ddp.state_dict()), torch.get_rng_state()
     rehearsed: list[bool] = []
 
-    def forward_backward() -> None:
+    def forward_backward(batches: Any) -> None:
         ddp(torch.randn(4, 3)).backward()
         rehearsed.append(ddp.module.norm.weight.grad is not None)
 
-    rehearse(ddp, forward_backward)
+    rehearse(ddp, forward_backward, [torch.ones(1)], num_done=1)
     assert rehearsed == [True]
     assert all(torch.equal(value, before[name]) for name, value in ddp.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
@@ -169,7 +169,7 @@ def test_a_rehearsal_leaves_model_and_generators_as_they_were(ddp: DistributedDa
 
 
 def test_a_model_of_one_process_needs_no_rehearsal() -> None:
-    rehearse(Normalized(), lambda: pytest.fail("it has no buckets"))
+    rehearse(Normalized(), lambda batches: pytest.fail("it has no buckets"), [], num_done=1)
 
 
 @pytest.mark.parametrize(("is_last", "reduces"), [(True, True), (False, False)])

@@ -180,7 +180,7 @@ class StepHooks:
 
     def _select(self, keys: Iterable[str]) -> list[str]:
         wanted = set(keys)
-        for key in sorted(wanted - self._hooks.keys()):
+        for key in sorted(wanted - self._hooks.keys()) if comm.is_main_process() else ():
             logger.warning("The hook %s had yet to run in the resumed step; it is gone.", key)
         return [key for key in self._hooks if key in wanted]
 
@@ -222,8 +222,8 @@ def load_hooks_state_dict(
 
 
 def warn_of_states(left: dict[str, Any]) -> None:
-    """Says which states of a checkpoint found no hook."""
-    for key in left:
+    """Says which states of a checkpoint found no hook; other ranks than 0 need not have all."""
+    for key in left if comm.is_main_process() else ():
         logger.warning(
             "The checkpoint holds a state of the hook %s, which is not registered: dropped. "
             "Register the hook before train() to have it go on.",

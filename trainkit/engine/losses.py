@@ -1,6 +1,7 @@
 """What a model returns in training, and how micro-batches add up to one batch."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.storage import EventStorage
 from trainkit.utils.nested import batch_size
@@ -81,21 +83,45 @@ def reducing_gradients(model: nn.Module, is_last: bool) -> contextlib.AbstractCo
     return contextlib.nullcontext()
 
 
-def rehearse(model: nn.Module, forward_backward: Callable[[], Any]) -> None:
-    """Runs the first step of a resumed run once in vain, and leaves everything as it was.
+def rehearse(
+    model: nn.Module, forward_backward: Callable[[Any], Any], batches: Any, num_done: int
+) -> None:
+    """Runs the first step of a resumed run in vain, and leaves everything as it was.
 
     DistributedDataParallel orders its gradient buckets by its first backward, and thereby the sums
     of more than two ranks. A resumed run's first step must not be that first one.
+
+    Args:
+        model: The model; only one of DistributedDataParallel needs it.
+        forward_backward: Called with copies of the batches, which a model may change.
+        batches: Those of the step.
+        num_done: Steps that the run has done.
     """
     if isinstance(model, DistributedDataParallel):
         device = next(model.parameters()).device
         copies, rng_state = TensorCopies(lambda: _tensors(model)), get_rng_state(device)
         # What the model puts there is put once more by the step itself.
         with EventStorage():
-            forward_backward()
+            # A static graph is known a step later.
+            for _ in range(min(num_done, 2 if model.static_graph else 1)):
+                forward_backward(copy.deepcopy(batches))
         model.zero_grad()
         copies.restore()
         set_rng_state(rng_state, device)
+
+
+def own_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the buffers of this rank's model where ranks differ; {} with one rank."""
+    return dict(model.named_buffers()) if comm.get_world_size() > 1 else {}
+
+
+@torch.no_grad()
+def load_own_buffers(model: nn.Module, states: list[dict[str, torch.Tensor]]) -> None:
+    """Takes back this rank's buffers; with another number of ranks, those of rank 0 stay."""
+    if len(states) == comm.get_world_size() > 1:
+        buffers = dict(model.named_buffers())
+        for name, value in states[comm.get_rank()].items():
+            buffers[name].copy_(value)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """The loop, shown as the loop: `TrainerBase`, and `SimpleTrainer`'s step."""
 
-import copy
 import logging
 import time
 from collections.abc import Iterable
@@ -21,7 +20,9 @@ from trainkit.engine.hook_base import (
     warn_of_states,
 )
 from trainkit.engine.losses import (
+    load_own_buffers,
     micro_batch_weights,
+    own_buffers,
     parse_losses,
     poisoned_if_not_finite,
     reducing_gradients,
@@ -276,7 +277,7 @@ class SimpleTrainer(TrainerBase):
         batches = [next(self._batches) for _ in range(self.accumulate)]
         if self._must_rehearse:
             self._must_rehearse = False
-            rehearse(self.model, lambda: self._forward_backward(copy.deepcopy(batches)))
+            rehearse(self.model, self._forward_backward, batches, self.start_iter)
         return batches
 
     def _forward_backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:
@@ -339,12 +340,14 @@ class SimpleTrainer(TrainerBase):
             )
         self.sync_metrics()
         state = comm.together(self._local_state)
-        return {k: comm.all_gather(v) if k in ("data", "rng") else v for k, v in state.items()}
+        ours = ("data", "rng", "buffers")
+        return {k: comm.all_gather(v) if k in ours else v for k, v in state.items()}
 
     def _local_state(self) -> dict[str, Any]:
         state = super().state_dict()
         state["optimizer"] = self.optimizer.state_dict()
         state["data"] = self._batches.state_dict()
+        state["buffers"] = own_buffers(self.model)
         state["non_finite"] = self._guard.state_dict()
         state["seed"] = self.seed
         # With a seed too: hooks may draw, in the step that this cuts.
@@ -357,6 +360,7 @@ class SimpleTrainer(TrainerBase):
         check_same_kind(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.seed = state.get("seed", self.seed)
+        load_own_buffers(self.model, state.get("buffers", []))
         if "data" in state:
             self._batches.load_state_dict(state["data"][comm.get_rank() % len(state["data"])])
         self._guard.load_state_dict(state.get("non_finite", {}))
@@ -377,12 +381,7 @@ class SimpleTrainer(TrainerBase):
 
 
 class AMPTrainer(SimpleTrainer):
-    """`SimpleTrainer` in mixed precision, which is given as a dtype, as in detectron2.
-
-    Args:
-        model, data_loader, optimizer, gather_metric_period, kwargs: As in `SimpleTrainer`.
-        precision: torch.bfloat16.
-    """
+    """`SimpleTrainer` in mixed precision, given as a dtype (torch.bfloat16), as in detectron2."""
 
     def __init__(
         self,
