@@ -32,3 +32,13 @@ def test_blocks_keep_their_line_numbers_and_other_languages_are_left_out() -> No
     with pytest.raises(ZeroDivisionError) as raised:
         exec(compile(second, "README.md", "exec"), {})
     assert raised.traceback[-1].lineno + 1 == 10
+
+
+def test_every_test_that_the_reliability_table_names_exists() -> None:
+    text = (README.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| F\d+ \|.*\(\.\./(tests/[\w/]+\.py)\): (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 20
+    for file, names in rows:
+        source = (README.parent / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"def {name}(" in source, (file, name)
