@@ -27,10 +27,10 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tabulate import tabulate
 from torch import multiprocessing as mp
 
+from trainkit.checkpoint.format import load_checkpoint
 from trainkit.checkpoint.manifest import read_manifest
 from trainkit.config import CfgNode, get_cfg
 from trainkit.engine import (
@@ -277,8 +277,9 @@ def read_outputs(folder: Path) -> list[Record]:
         if values:
             records.append(Record(0, 0, row["iteration"], "metrics.json", 0, values))
     for path in sorted(path for path in folder.glob("*.pth") if read_manifest(path)):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        parts = {"model": state["model"], "optimizer": state["trainer"]["optimizer"]}
+        state = load_checkpoint(path)
+        trainer = state.get("trainer", {})
+        parts = {"model": state["model"], "optimizer": trainer.get("optimizer", {})}
         values = {(f"file {path.name}", name): value for name, value in fingerprints(parts)}
         records.append(Record(0, 0, state["iteration"], path.name, 0, values))
     return records

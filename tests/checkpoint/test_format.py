@@ -101,7 +101,7 @@ def test_safetensors_are_loaded_or_explained(
     save_file(STATE["model"], path)
     assert torch.equal(load_safetensors(path)["weight"], STATE["model"]["weight"])
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be loaded: "):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is no file of safetensors: "):
         load_safetensors(path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(CheckpointError, match=r"pip install 'trainkit\[safetensors\]'"):

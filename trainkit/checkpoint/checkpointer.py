@@ -314,7 +314,10 @@ class Checkpointer(_Checkpointer):
             try:
                 local = self.path_manager.get_local_path(path)
             except (OSError, ValueError, HTTPException) as e:
-                raise CheckpointError(f"Cannot fetch checkpoint {path!r}: {e}") from e
+                raise CheckpointError(
+                    f"Cannot fetch checkpoint {path!r}: {e}. Check the address and the network, or "
+                    "download the file and give its path."
+                ) from e
         if not os.path.isfile(local):
             raise CheckpointError(run_folder.describe_missing(path))
         return local

@@ -158,7 +158,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
     if is_bare and not trust_pickle:
         raise CheckpointError(f"Checkpoint {os.fspath(path)} was refused: {BARE_PICKLE}. {_TRUST}")
     if verdict.state == "damaged" and not is_bare:
-        raise CheckpointError(f"Checkpoint {os.fspath(path)} is damaged: {verdict.reason}.")
+        raise CheckpointError(
+            f"Checkpoint {os.fspath(path)} is damaged: {verdict.reason}. Use another one, or "
+            "copy it here again."
+        )
     try:
         return _load_trusted(path, is_bare) if trust_pickle else _load_plain(path)
     except Exception as e:
@@ -183,7 +186,9 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         return load_file(path)
     except Exception as e:
         # Somebody else's file can fail in any way at all.
-        raise CheckpointError(f"Checkpoint {os.fspath(path)} cannot be loaded: {e}") from e
+        raise CheckpointError(
+            f"{os.fspath(path)} is no file of safetensors: {e}. Export or download it again."
+        ) from e
 
 
 def _load_plain(path: str | os.PathLike[str]) -> Any:
@@ -225,7 +230,10 @@ def _explain_load(path: str | os.PathLike[str], error: Exception) -> str:
             f"Checkpoint {os.fspath(path)} holds more than tensors and plain values, and was "
             f"refused: {said.rstrip('.')}. {_TRUST}"
         )
-    return f"Checkpoint {os.fspath(path)} cannot be loaded: {type(error).__name__}: {said}"
+    return (
+        f"Checkpoint {os.fspath(path)} cannot be loaded: {type(error).__name__}: {said}. Give a "
+        "file that torch.save wrote."
+    )
 
 
 def _hash_file(path: Path, record_at: int) -> str:

@@ -137,8 +137,9 @@ _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
 _C.CHECKPOINT = CfgNode()
 # Periodic checkpoints to keep, those of earlier processes included; 0 keeps all.
 _C.CHECKPOINT.MAX_TO_KEEP = 3
-# What a save that the storage refuses (full, read-only, failing) does to the run: raise ends it,
-# warn says so and trains on. The saves at the end and on interruption always raise.
+# What a save or a write of metrics that the storage refuses (full, read-only, failing) does to the
+# run: raise ends it, warn says so and trains on. The saves at the end and on interruption always
+# raise.
 _C.CHECKPOINT.ON_ERROR = "raise"
 
 _C.TEST = CfgNode()

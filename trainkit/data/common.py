@@ -45,8 +45,9 @@ def _tie_to(trainer_pid: int, worker: int) -> None:
         threading.Thread(target=_end_by_signal_of, args=(trainer_pid,), daemon=True).start()
     if hasattr(os, "pidfd_open"):
         # torch's workers watch for their parent, which is another process with a fork server.
-        descriptor = os.pidfd_open(trainer_pid)
-        threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
+        with contextlib.suppress(OSError):  # A kernel before 5.3 has none.
+            descriptor = os.pidfd_open(trainer_pid)
+            threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
 
 
 def _end_by_signal_of(trainer_pid: int) -> None:

@@ -172,7 +172,7 @@ class TrainerBase:
         self._planned_iter = self.max_iter = max_iter
         # A run that ended early stays at its end, unless it is now meant to be longer.
         if self._loaded.get("planned_iter") == max_iter:
-            self.max_iter = self._loaded["max_iter"]
+            self.max_iter = self._loaded.get("max_iter", max_iter)
 
     def _finish_cut_step(self) -> None:
         """Runs the hooks that a checkpoint was taken before, and frees the loaded state."""

@@ -64,6 +64,24 @@ def test_it_saves_when_due_and_after_the_last_step(
     assert (final["iteration"], final["trainer"]["iteration"]) == (4, 4)
 
 
+def test_a_save_slower_than_torchrun_allows_is_told_once(
+    trainer: SimpleTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer_of(trainer, tmp_path), 1)])
+    trainer.train(0, 3)
+    assert caplog.text.count("--shutdown-timeout") == 1
+    caplog.clear()
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer_of(trainer, tmp_path), 1)])
+    trainer.train(0, 3)
+    assert "--shutdown-timeout" not in caplog.text
+
+
 def test_only_the_newest_are_kept(trainer: SimpleTrainer, tmp_path: Path) -> None:
     checkpointer = checkpointer_of(trainer, tmp_path)
     trainer.register_hooks(

@@ -3,6 +3,8 @@
 import logging
 import math
 import operator
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from trainkit.utils.period import is_due
 from trainkit.utils.random import get_rng_state
 
 logger = logging.getLogger(__name__)
+
+TORCHRUN_SECONDS = 30
+"""How long torchrun waits by default after SIGTERM before it sends SIGKILL."""
 
 
 class PeriodicCheckpointer(HookBase):
@@ -52,7 +57,7 @@ class PeriodicCheckpointer(HookBase):
             checkpointer, period, max_iter, max_to_keep, file_prefix
         )
         self._on_error = checked_policy(on_error)
-        self._has_final = False
+        self._has_final = self._is_slow = False
         self._space: SpaceWatch | None = None
 
     def before_train(self) -> None:
@@ -68,8 +73,10 @@ class PeriodicCheckpointer(HookBase):
         if is_due(trainer.iter, periodic.period):
             if self._space:
                 self._space.check_save(periodic.max_to_keep)
+            began = time.monotonic()
             with surviving(CheckpointWriteError, self._on_error, "A CHECKPOINT"):
                 periodic.save_numbered(trainer.iter)
+            self._warn_if_slow(time.monotonic() - began)
         if self._has_final:
             periodic.save_final(trainer.iter)
 
@@ -85,6 +92,20 @@ class PeriodicCheckpointer(HookBase):
         elif trainer.iter == trainer.max_iter:
             # Also where an earlier process was killed between its last two saves.
             self._periodic.save_final(iteration)
+
+    def _warn_if_slow(self, seconds: float) -> None:
+        """Says once that a save takes longer than a run is given that is asked to leave."""
+        allowed = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TORCHRUN_SECONDS))
+        if seconds < allowed or self._is_slow or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return
+        self._is_slow = True
+        logger.warning(
+            "A checkpoint took %.0f s to save, but torchrun kills processes %d s after asking them "
+            "to leave: a preempted run would lose what it did since its last periodic checkpoint. "
+            "Pass a longer --shutdown-timeout to torchrun, or save to a faster disk.",
+            seconds,
+            allowed,
+        )
 
     def _look_ahead(self) -> None:
         """Finds out now, when there is a state of the optimizer, what the first save would find."""

@@ -89,7 +89,10 @@ class JSONWriter(EventWriter):
                 file = self._file or self._open(get_event_storage())
                 self._sync()
             except OSError as e:
-                raise CheckpointWriteError(f"Cannot bring {self._path} to the disk: {e}") from e
+                raise CheckpointWriteError(
+                    f"Cannot bring {self._path} to the disk: {e}. Free space there and go on "
+                    "with --resume."
+                ) from e
             length = file.tell()
         return {
             "length": length,
