@@ -9,15 +9,15 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
-def python_blocks(text: str) -> list[str]:
+def code_blocks(text: str, language: str = "python") -> list[str]:
     """The code of each block, moved down to its own line so that tracebacks show the right one."""
-    blocks = re.finditer(r"^```python[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.finditer(rf"^```{language}[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in blocks]
 
 
 def test_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = python_blocks(README.read_text(encoding="utf-8"))
+    blocks = code_blocks(README.read_text(encoding="utf-8"))
     assert blocks, "README.md has no ```python block"
     # Later blocks go on from earlier ones, as a reader does.
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -27,18 +27,8 @@ def test_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_blocks_keep_their_line_numbers_and_other_languages_are_left_out() -> None:
     text = "# x\n```bash\nls\n```\n```python\na = 1\n```\ntext\n```python\n1 / 0\n```\n"
-    first, second = python_blocks(text)
+    first, second = code_blocks(text)
     assert first.strip() == "a = 1"
     with pytest.raises(ZeroDivisionError) as raised:
         exec(compile(second, "README.md", "exec"), {})
     assert raised.traceback[-1].lineno + 1 == 10
-
-
-def test_every_test_that_the_reliability_table_names_exists() -> None:
-    text = (README.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| F\d+ \|.*\(\.\./(tests/[\w/]+\.py)\): (.*) \|$", text, re.MULTILINE)
-    assert len(rows) == 20
-    for file, names in rows:
-        source = (README.parent / file).read_text(encoding="utf-8")
-        for name in re.findall(r"`(\w+)`", names):
-            assert f"def {name}(" in source, (file, name)

@@ -7,7 +7,8 @@ import argparse
 from typing import Any
 
 from trainkit.checkpoint import Checkpointer
-from trainkit.config import CfgNode, get_cfg
+from trainkit.config import CfgNode
+from trainkit.config.lazy_cfg import load_cfg
 from trainkit.engine import (
     DefaultTrainer,
     default_argument_parser,
@@ -15,6 +16,7 @@ from trainkit.engine import (
     exit_codes,
     launch,
 )
+from trainkit.engine.hooks import averaged_weights
 from trainkit.evaluation import verify_results
 from trainkit.utils.errors import ConfigError
 
@@ -25,10 +27,7 @@ class Trainer(DefaultTrainer):
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Merges defaults, config file and command line, and starts logging."""
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_cfg(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
@@ -42,8 +41,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model)
+        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        with averaged_weights(model, checkpoint if cfg.MODEL.EMA.ENABLED else {}):
+            results = Trainer.test(cfg, model)
         verify_results(cfg, results)
         return results
     trainer = Trainer(cfg)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.web import Web, serving
-from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.checkpoint.checkpointer import Checkpointer, DetectionCheckpointer
 from trainkit.checkpoint.format import verify
 from trainkit.utils import file_io
 from trainkit.utils.errors import CheckpointError
@@ -103,6 +103,45 @@ def test_nothing_is_saved_without_a_folder_or_when_told_not_to(tmp_path: Path) -
     assert not silent.has_checkpoint()
 
 
+def test_detectron2s_name_takes_its_arguments(tmp_path: Path) -> None:
+    for save_to_disk, expected in ((None, ["a.pth", "last_checkpoint"]), (False, [])):
+        folder = tmp_path / str(save_to_disk)
+        folder.mkdir()
+        model = nn.Linear(1, 1)
+        DetectionCheckpointer(model, folder, save_to_disk=save_to_disk, c=Counter()).save("a")
+        assert sorted(os.listdir(folder)) == expected
+
+
+def test_a_checkpointable_has_a_free_name_and_a_state() -> None:
+    checkpointer = build("")
+    checkpointer.add_checkpointable("other", Counter())
+    assert list(checkpointer.checkpointables) == ["counter", "other"]
+    for name in ("counter", "model"):
+        with pytest.raises(KeyError, match=f"already saves something as '{name}'; name it"):
+            checkpointer.add_checkpointable(name, Counter())
+    with pytest.raises(TypeError, match="as 'step' is a int, which needs the methods state_dict"):
+        Checkpointer(nn.Linear(1, 1), step=3)
+
+
+def test_weights_alone_are_read_by_all_and_resumed_from_by_none(tmp_path: Path) -> None:
+    checkpointer = build(tmp_path, 3)
+    checkpointer.save("model_final", iteration=5)
+    checkpointer.save_weights("model_weights")
+    checkpointer.save_weights("model_ema", lambda: {"weight": torch.ones(2, 2)})
+    assert torch.load(tmp_path / "model_ema.pth")["weight"].tolist() == [[1, 1], [1, 1]]
+    weights = nn.Linear(2, 2)
+    weights.load_state_dict(torch.load(tmp_path / "model_weights.pth"))
+    assert weights.bias.tolist() == [3, 3]
+    assert verify(tmp_path / "model_weights.pth").state == "verified"
+    assert build(tmp_path).get_all_checkpoint_files() == [str(tmp_path / "model_final.pth")]
+    assert resume(tmp_path) == (3, {"iteration": 5})
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert Checkpointer(weights).load(str(tmp_path / "model_ema.pth")) == {}
+    with pytest.raises(ValueError, match="give a file name"):
+        checkpointer.save_weights("a/b")
+    build("").save_weights("nowhere")
+
+
 def test_an_untagged_save_leaves_the_pointer_alone(tmp_path: Path) -> None:
     save(tmp_path, "model_0000001", 1)
     assert build(tmp_path, 2).save_untagged("model_best", iteration=2)
@@ -122,7 +161,7 @@ def test_f01_partial_files_of_dead_runs_are_removed_by_the_next_save(tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
 
 
-def test_a_failed_save_is_not_logged_and_leaves_the_last_one(
+def test_d17_a_failed_save_is_not_logged_and_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, "model_0000001", 1)
@@ -160,7 +199,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         build(tmp_path / "file" / "run").save("a")
 
 
-def test_what_would_not_load_is_refused_at_save_time(tmp_path: Path) -> None:
+def test_d26_what_would_not_load_is_refused_at_save_time(tmp_path: Path) -> None:
     checkpointer = Checkpointer(nn.Linear(1, 1), tmp_path, hook=Counter(np.float64(0.5)))
     with pytest.raises(CheckpointError, match=r"hook\.value: numpy\.float64 .* use float\(x\)"):
         checkpointer.save("a")
@@ -200,7 +239,7 @@ def test_f06_an_empty_or_foreign_newest_file_is_skipped(tmp_path: Path, content:
 @pytest.mark.parametrize(
     "pointer", [None, b"", b"\xff\0", b"gone.pth", b"../outside.pth", b"model_0000001.pth"]
 )
-def test_f07_the_pointer_is_only_advice(tmp_path: Path, pointer: bytes | None) -> None:
+def test_d17_f07_the_pointer_is_only_advice(tmp_path: Path, pointer: bytes | None) -> None:
     folder = tmp_path / "run"
     save(tmp_path, "outside", 9)
     for value in (1, 2):
@@ -317,7 +356,7 @@ def test_without_a_checkpoint_a_resume_loads_weights(tmp_path: Path) -> None:
     assert checkpointer.model.get_parameter("bias")[0].item() == 1
 
 
-def test_weights_that_fit_in_part_are_reported_once(
+def test_d25_weights_that_fit_in_part_are_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(3)}, tmp_path / "a.pth")
@@ -327,6 +366,52 @@ def test_weights_that_fit_in_part_are_reported_once(
     assert checkpointer.model.get_parameter("bias")[0].item() == 0
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "bias   (3,)                 (2,)" in record.getMessage()
+
+
+@pytest.mark.parametrize("by", ["argument", "path"])
+def test_d25_strict_loading_refuses_any_difference_in_names_and_shapes(
+    tmp_path: Path, by: str
+) -> None:
+    def load(name: str) -> float:
+        checkpointer = Checkpointer(nn.Linear(2, 2))
+        if by == "path":
+            checkpointer.resume_or_load(f"{tmp_path}/{name}.pth?strict=True", resume=False)
+        else:
+            checkpointer.load(f"{tmp_path}/{name}.pth", strict=True)
+        return float(checkpointer.model.get_parameter("bias")[0].detach())
+
+    weights = nn.Linear(2, 2).state_dict() | {"bias": torch.ones(2)}
+    torch.save(weights, tmp_path / "same.pth")
+    torch.save(weights | {"extra.w": torch.ones(2)}, tmp_path / "more.pth")
+    torch.save({"bias": torch.ones(2)}, tmp_path / "less.pth")
+    torch.save(weights | {"weight": torch.ones(2, 3)}, tmp_path / "other.pth")
+    assert load("same") == 1
+    for name, row in (("more", "extra.w"), ("less", "weight"), ("other", "weight")):
+        with pytest.raises(
+            CheckpointError, match=rf"(?s){name}.pth and the model differ.*\n{row} "
+        ):
+            load(name)
+
+
+def test_d25_weights_of_a_larger_model_are_loaded_by_heuristics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Checkpointer(nn.Sequential(build("", 3).model), tmp_path).save("a")
+    model = nn.ModuleDict({"head": nn.Linear(3, 1), "net": nn.Sequential(nn.Linear(2, 2))})
+    with caplog.at_level(logging.INFO):
+        Checkpointer(model).load(f"{tmp_path}/a.pth?matching_heuristics=True")
+    assert model.get_parameter("net.0.weight").tolist() == [[3, 3], [3, 3]]
+    assert "took 2 entries of the checkpoint's * for the model's net.*" in caplog.text
+    assert "Loaded 2 of the model's 4 entries" in caplog.text
+    assert "head.{weight, bias}" in caplog.text
+
+
+def test_a_file_may_ask_for_heuristics_itself(tmp_path: Path) -> None:
+    weights = build("", 3).model.state_dict()
+    torch.save({"model": weights, "matching_heuristics": True, "x": 1}, tmp_path / "zoo.pth")
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert Checkpointer(model).load(f"{tmp_path}/zoo.pth", []) == {"x": 1}
+    assert model.get_parameter("0.bias").tolist() == [3, 3]
 
 
 def test_an_empty_path_loads_nothing() -> None:

@@ -10,11 +10,14 @@ from torch import nn
 
 from trainkit.checkpoint.matching import (
     Difference,
-    align_names,
+    check_has_all,
+    check_is_same,
     differences,
+    explaining_misfit,
     find_weights,
     list_incompatible,
     load_what_fits,
+    split_options,
     tabulate_differences,
     unwrap,
 )
@@ -55,8 +58,8 @@ def is_filled(model: nn.Module, value: float) -> bool:
     return all(bool((tensor == value).all()) for tensor in model.state_dict().values())
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_weights_are_found_under_either_name(key: str) -> None:
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state"])
+def test_weights_are_found_under_each_name(key: str) -> None:
     weights = {"w": torch.zeros(1)}
     assert find_weights({key: weights, "iteration": 3}, "a.pth") == {
         "model": weights,
@@ -87,6 +90,11 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     return nn.DataParallel(module)
 
 
+def parallel_inside(module: Net) -> nn.Module:
+    module.head = wrap_ddp(module.head)  # type: ignore[assignment]  # as is usual for large parts
+    return module
+
+
 def wrap_inside(module: Net) -> nn.Module:
     module.body = Compiled(module.body)  # type: ignore[assignment]  # as in model.body = compile()
     return module
@@ -99,12 +107,14 @@ WRAPPERS: dict[str, Any] = {
     "compiled parallel": lambda net: Compiled(wrap_ddp(net)),
     "parallel compiled": lambda net: wrap_ddp(Compiled(net)),
     "compiled inside": wrap_inside,
+    "parallel inside": parallel_inside,
+    "all at once": lambda net: wrap_ddp(Compiled(parallel_inside(wrap_inside(net)))),  # type: ignore[arg-type]  # still a Net
 }
 
 
-@pytest.mark.parametrize("target", ["plain", "compiled", "compiled inside"])
+@pytest.mark.parametrize("target", WRAPPERS)
 @pytest.mark.parametrize("source", WRAPPERS)
-def test_wrappers_make_no_difference(source: str, target: str) -> None:
+def test_d25_wrappers_of_either_side_make_no_difference(source: str, target: str) -> None:
     state = WRAPPERS[source](filled(Net(), 1)).state_dict()
     model = WRAPPERS[target](filled(Net(), 0))
     incompatible = load_what_fits(model, state)
@@ -112,12 +122,16 @@ def test_wrappers_make_no_difference(source: str, target: str) -> None:
     assert is_filled(model, 1)
 
 
-def test_versions_of_modules_move_with_their_names() -> None:
-    plain = Net().state_dict()
-    wrapped = WRAPPERS["parallel compiled"](Net()).state_dict()
-    align_names(wrapped, plain)
-    assert list(wrapped) == list(plain)
-    assert wrapped._metadata == plain._metadata  # type: ignore[attr-defined]  # torch sets it
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's compiler
+def test_d25_weights_pass_in_and_out_of_what_torch_compile_returns() -> None:
+    compiled: Any = torch.compile(filled(Net(), 1))
+    assert all(name.startswith("_orig_mod.") for name in compiled.state_dict())
+    model = filled(Net(), 0)
+    load_what_fits(model, compiled.state_dict())
+    assert is_filled(model, 1)
+    load_what_fits(compiled, filled(Net(), 2).state_dict())
+    assert is_filled(compiled, 2)
 
 
 def test_a_module_that_is_called_module_keeps_its_name() -> None:
@@ -129,6 +143,42 @@ def test_a_module_that_is_called_module_keeps_its_name() -> None:
     model = filled(Outer(), 0)
     load_what_fits(model, filled(Outer(), 1).state_dict())
     assert is_filled(model, 1)
+
+
+def test_names_that_only_end_alike_are_loaded_if_that_is_asked_for() -> None:
+    state = {f"encoder.{name}": value for name, value in filled(Net(), 1).state_dict().items()}
+    model = filled(nn.Sequential(Net()), 0)
+    with pytest.raises(CheckpointError, match=r"append \?matching_heuristics=True to it"):
+        load_what_fits(model, dict(state))
+    incompatible = load_what_fits(model, state, heuristics=True)
+    assert list_incompatible(model, incompatible) == []
+    assert is_filled(model, 1)
+
+
+def test_entries_that_only_end_alike_need_the_same_shape() -> None:
+    model = filled(nn.Sequential(Net(3)), 0)
+    state = {"a.head.weight": torch.ones(2, 5), "a.head.bias": torch.ones(2)}
+    incompatible = load_what_fits(model, state, heuristics=True)
+    assert incompatible.incorrect_shapes == [("0.head.weight", (2, 5), (2, 3))]
+    assert model.get_parameter("0.head.bias").tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "rest", "options"),
+    [
+        ("a.pth", "a.pth", []),
+        ("a.pth?strict=True", "a.pth", ["strict"]),
+        (
+            "/x/a.pth?matching_heuristics=True&strict=True",
+            *("/x/a.pth", ["matching_heuristics", "strict"]),
+        ),
+        ("https://h/a?v=2&strict=True#sha256=0", "https://h/a?v=2#sha256=0", ["strict"]),
+        ("https://h/a?strict=True&v=2", "https://h/a?strict=True&v=2", []),
+        ("b?x.pth", "b?x.pth", []),
+    ],
+)
+def test_options_stand_at_the_end_of_a_path(path: str, rest: str, options: list[str]) -> None:
+    assert split_options(path) == (rest, options)
 
 
 def test_modules_are_unwrapped_in_any_order() -> None:
@@ -225,3 +275,32 @@ def test_a_table_has_ten_rows_of_each_kind() -> None:
     assert "… and 2 more like these" in table
     assert "… and 20 more like these" in table
     assert table.index("wrong0") < table.index("missing0") < table.index("unused0")
+
+
+def test_what_one_module_misses_shares_a_row() -> None:
+    own = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3)).state_dict()
+    state = {"1.weight": torch.zeros(4, 2), "1.bias": torch.zeros(4), "x.a": torch.zeros(1)}
+    lines = tabulate_differences(differences(state, own)).splitlines()[2:]
+    assert [line.split("  ")[0] for line in lines] == [
+        *("1.weight", "1.bias"),
+        *("0.{weight, bias, running_mean, running_var, num_batches_tracked}", "x.a"),
+    ]
+    assert lines[2].endswith("absent               float32 (2,); int64 ()")
+
+
+def test_checks_name_what_a_run_cannot_go_on_from() -> None:
+    check_has_all({"trainer": {}, "model": {}}, "a.pth", ["trainer"])
+    with pytest.raises(CheckpointError, match=r"a\.pth holds no state of ema, trainer, so the run"):
+        check_has_all({"model": {}}, "a.pth", ["ema", "trainer"])
+    check_is_same(nn.Linear(1, 1).state_dict(), "a.pth", Compiled(nn.Linear(1, 1)))
+    with pytest.raises(CheckpointError, match=r"(?s)a\.pth is of another model.*float32 \(1, 2\)"):
+        check_is_same(nn.Linear(2, 1).state_dict(), "a.pth", nn.Linear(1, 1))
+
+
+def test_a_misfit_is_explained_once() -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"^Cannot restore b from a: KeyError: 'lr'\. It was"),
+        explaining_misfit("whole", "a"),
+        explaining_misfit("b", "a"),
+    ):
+        raise KeyError("lr")

@@ -30,7 +30,7 @@ def test_every_period_and_the_end_are_saved(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "model_0000002.pth")["note"] == 2
 
 
-def test_period_zero_saves_only_the_end(tmp_path: Path) -> None:
+def test_d22_period_zero_saves_only_the_end(tmp_path: Path) -> None:
     assert run(tmp_path, 0, 8, period=0, max_iter=8) == ["model_final"]
 
 
@@ -38,7 +38,7 @@ def test_a_run_without_end_has_no_final_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path, 0, 4, period=4) == ["model_0000003"]
 
 
-def test_files_of_earlier_processes_count(tmp_path: Path) -> None:
+def test_d20_files_of_earlier_processes_count(tmp_path: Path) -> None:
     run(tmp_path, 0, 3, period=1)
     assert run(tmp_path, 3, 5, period=1, max_iter=5, max_to_keep=2) == [
         *("model_0000003", "model_0000004", "model_final")

@@ -67,7 +67,14 @@ def work(folder: Path) -> dict[str, Any]:
     checkpointer.mark_finished(1)
     report["finished"] = checkpointer.finished_iteration()
     checkpointer.clear_finished()
-    # A file that one rank alone can read is of no use to any.
+    # Under one path each rank has a disk of its own, where rank 1 finds nothing.
+    (folder / str(comm.get_rank())).mkdir()
+    os.chdir(folder / str(comm.get_rank()))
+    own = Checkpointer(nn.Linear(1, 1), "own", state=state)
+    own.save("model_0000004", iteration=4)
+    state.ranks = []
+    report["own disk"] = [own.has_checkpoint(), own.resume_or_load(""), state.ranks]
+    # A file that one rank cannot read, though it is there, is of no use to any.
     checkpointer.save("model_0000003", iteration=3)
     if not comm.is_main_process():
         torch.load = None  # type: ignore[assignment]  # this process ends here
@@ -99,7 +106,7 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_state_that_one_rank_cannot_tell_is_saved_by_none(
+def test_d27_a_state_that_one_rank_cannot_tell_is_saved_by_none(
     folder: Path, reports: list[dict[str, Any]]
 ) -> None:
     assert reports[0]["failed save"] == "rank 1 failed: out of state"
@@ -107,12 +114,22 @@ def test_a_state_that_one_rank_cannot_tell_is_saved_by_none(
     assert not (folder / "run" / "model_0000002.pth").exists()
 
 
-def test_all_ranks_resume_from_the_same_file(folder: Path, reports: list[dict[str, Any]]) -> None:
+def test_d23_d27_all_ranks_tell_their_state_and_resume_from_the_same_file(
+    folder: Path, reports: list[dict[str, Any]]
+) -> None:
     for report in reports:
         assert report["newest"] == str(folder / "run" / "model_0000001.pth")
         assert report["extra"] == {"iteration": 0}
         assert report["ranks"] == [0, 1]
         assert report["finished"] == 1
+
+
+def test_d23_a_file_that_only_rank_0_sees_reaches_all(
+    folder: Path, reports: list[dict[str, Any]]
+) -> None:
+    assert (folder / "0" / "own" / "model_0000004.pth").is_file()
+    assert os.listdir(folder / "1") == []
+    assert [report["own disk"] for report in reports] == [[True, {"iteration": 4}, [0, 1]]] * 2
 
 
 def test_a_file_that_one_rank_cannot_load_is_skipped_by_all(reports: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from iopath.common.file_io import PathHandler
 
 from tests.web import serving
-from trainkit.config.config import CfgNode
+from trainkit.config.config import CfgNode, global_cfg, set_global_cfg
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.file_io import PathManager
 
@@ -385,6 +385,17 @@ def test_f23_tag_that_would_run_code_is_refused_and_does_not_run(
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("unsafe", [{}, {"allow_unsafe": True}])
+def test_d38_yaml_is_read_safely_whatever_is_asked_for(
+    write_yaml: WriteYaml, tmp_path: Path, unsafe: dict[str, bool]
+) -> None:
+    canary = tmp_path / "canary"
+    path = write_yaml("a.yaml", f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{canary}]")
+    with pytest.raises(ConfigError, match="refused, since they can run code"):
+        CfgNode.load_yaml_with_base(path, **unsafe)
+    assert not canary.exists()
+
+
 def test_a_file_on_the_web_is_read_by_its_hash(
     cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -586,3 +597,11 @@ def test_other_config_is_merged_by_the_same_rules_and_stays_independent(cfg: Cfg
         cfg.merge_from_other_cfg(CfgNode({"SOLVER": {"MAX_ITRE": 2}}))
     with pytest.raises(ConfigError, match=r"^merged config: SOLVER.MAX_ITER is 'x'"):
         cfg.merge_from_other_cfg(CfgNode({"SOLVER": {"MAX_ITER": "x"}}))
+
+
+def test_a_global_config_holds_what_was_set_last() -> None:
+    for seed in (1, 2):
+        set_global_cfg(CfgNode({"SEED": seed}))
+        assert global_cfg == {"SEED": seed}
+    set_global_cfg(CfgNode())
+    assert global_cfg == {}

@@ -1,485 +1,41 @@
 import functools
-import gc
 import itertools
-import logging
-import multiprocessing
-import os
 import random
-import signal
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler
 
+from tests.data.noisy import SIZE, Noisy, as_rank, assert_same, rng_is_untouched, take
 from trainkit.config.config import CfgNode
+from trainkit.config.defaults import get_cfg
 from trainkit.data.build import (
-    TrainLoader,
+    build_batch_data_loader,
+    build_detection_test_loader,
+    build_detection_train_loader,
     build_test_loader,
     build_train_loader,
     build_train_mapper,
+    trivial_batch_collator,
+    worker_init_reset_seed,
 )
 from trainkit.data.catalog import DatasetCatalog
-from trainkit.data.common import MapDataset
-from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, TrainingSampler
-from trainkit.data.samplers.order import EpochOrder, Position
+from trainkit.data.common import DatasetFromList
+from trainkit.data.samplers.distributed_sampler import (
+    SAMPLER_REGISTRY,
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from trainkit.data.samplers.order import EpochOrder
+from trainkit.data.train_loader import TrainLoader
 from trainkit.data.transforms import ImageMapper
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError, UnknownNameError
 from trainkit.utils.random import get_rng_state
-from trainkit.utils.stop_signals import StopRequested, stop_signals
-
-SIZE = 50
-
-
-class Noisy(Dataset[Any]):
-    """Samples that say which they are and draw from all generators, and from one of their own."""
-
-    def __init__(self, size: int = SIZE) -> None:
-        self.size = size
-        self.generator = random.Random()
-
-    def set_random_seed(self, seed: int) -> None:
-        self.generator.seed(seed)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        noise = [random.random(), np.random.rand(), torch.rand(()).item(), self.generator.random()]
-        return {"index": index, "noise": torch.tensor(noise, dtype=torch.float64)}
-
-
-def make(
-    batch_size: int = 12, *, dataset: Any = None, seed: int = 5, **options: Any
-) -> TrainLoader:
-    dataset = dataset or Noisy()
-    sampler = TrainingSampler(len(dataset), seed=seed)
-    return TrainLoader(dataset, sampler, batch_size, seed=seed, **options)
-
-
-def take(loader: TrainLoader, count: int) -> list[dict[str, torch.Tensor]]:
-    return list(itertools.islice(loader, count))
-
-
-def indices(batches: list[dict[str, torch.Tensor]]) -> list[int]:
-    return torch.cat([batch["index"] for batch in batches]).tolist()
-
-
-def assert_same(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor]]) -> None:
-    """The same samples with the same randomness, whatever the sizes of the batches."""
-    for key in ("index", "noise"):
-        joined = [torch.cat([batch[key] for batch in side]) for side in (left, right)]
-        assert torch.equal(*joined)
-
-
-def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
-    monkeypatch.setattr(comm, "get_rank", lambda: rank)
-    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
-
-
-def test_an_epoch_holds_every_sample_once_and_batches_span_epochs() -> None:
-    seen = indices(take(make(12), 25))
-    epochs = [seen[start : start + SIZE] for start in range(0, 300, SIZE)]
-    assert all(sorted(epoch) == list(range(SIZE)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-
-
-def test_a_sample_draws_anew_in_each_epoch() -> None:
-    batches = take(make(SIZE), 2)
-    by_index = [batch["noise"][batch["index"].argsort()] for batch in batches]
-    assert not (by_index[0] == by_index[1]).any()
-
-
-def test_the_loaders_seed_decides_the_order_too() -> None:
-    loader = TrainLoader(Noisy(), TrainingSampler(SIZE, seed=0), 12, seed=5)
-    assert_same(take(loader, 2), take(make(seed=5), 2))
-
-
-def test_workers_do_not_change_the_batches() -> None:
-    assert_same(take(make(num_workers=2), 9), take(make(num_workers=0), 9))
-
-
-def random_collate(samples: list[Any]) -> torch.Tensor:
-    return torch.rand(2)
-
-
-def test_workers_do_not_change_the_randomness_of_collation() -> None:
-    drawn = [
-        torch.stack(list(itertools.islice(make(num_workers=n, collate_fn=random_collate), 6)))
-        for n in (0, 2)
-    ]
-    assert torch.equal(*drawn)
-    assert len(drawn[0].unique()) == 12
-
-
-@pytest.mark.parametrize("steps", [0, 1, 4, 30])
-def test_resume_yields_the_same_batches(steps: int) -> None:
-    unbroken = make()
-    batches = iter(unbroken)
-    for _ in range(steps):
-        next(batches)
-    state = unbroken.state_dict()
-    resumed = make()
-    resumed.load_state_dict(state)
-    assert_same(take(resumed, 9), list(itertools.islice(batches, 9)))
-    assert resumed.state_dict() == unbroken.state_dict()
-
-
-def test_prefetching_does_not_move_the_state() -> None:
-    loader = make(num_workers=2)
-    batches = iter(loader)
-    assert loader.state_dict() == {"seed": 5, "epoch": 0, "offset": 0}
-    states = []
-    for _ in range(5):
-        next(batches)
-        states.append((loader.state_dict()["epoch"], loader.state_dict()["offset"]))
-    assert states == [(0, 12), (0, 24), (0, 36), (0, 48), (1, 10)]
-
-
-def test_the_state_counts_whole_steps_only() -> None:
-    loader = make(accumulate=3)
-    batches = iter(loader)
-    offsets = []
-    for _ in range(7):
-        next(batches)
-        offsets.append(loader.state_dict()["offset"])
-    assert offsets == [0, 0, 12, 12, 12, 24, 24]
-    assert_same(take(loader, 3), take(make(), 3)[2:])
-
-
-def test_the_position_is_kept_when_the_batch_size_changes() -> None:
-    first = make(12)
-    seen = take(first, 3)
-    second = make(7)
-    second.load_state_dict(first.state_dict())
-    seen += take(second, 2)
-    assert_same(seen, take(make(25), 2))
-
-
-@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 3), (2, 2)])
-def test_ranks_and_micro_batches_share_the_samples_of_one_rank_in_order(
-    monkeypatch: pytest.MonkeyPatch, world_size: int, accumulate: int
-) -> None:
-    whole = take(make(12), 10)
-    shares = []
-    for rank in range(world_size):
-        as_rank(monkeypatch, rank, world_size)
-        shares.append(take(make(12, accumulate=accumulate), 10 * accumulate))
-    in_order = [batch for turn in zip(*shares, strict=True) for batch in turn]
-    assert_same(in_order, whole)
-
-
-def test_a_world_of_another_size_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = make(12)
-    take(one, 4)
-    shares = []
-    for rank in range(2):
-        as_rank(monkeypatch, rank, 2)
-        loader = make(12)
-        loader.load_state_dict(one.state_dict())
-        shares.append(next(iter(loader)))
-        assert loader.state_dict() == {"seed": 5, "epoch": 1, "offset": 10}
-    as_rank(monkeypatch, 0, 1)
-    assert_same(shares, take(make(12), 5)[4:])
-
-
-class Growing:
-    """Epochs of 3, 4, 5, ... samples, some of them twice."""
-
-    seed = 0
-
-    def indices(self, epoch: int) -> EpochOrder:
-        return [(self.seed + index) % 4 for index in range(epoch + 3)]
-
-
-def test_epochs_of_differing_length_resume_exactly() -> None:
-    def growing(batch_size: int) -> TrainLoader:
-        return TrainLoader(Noisy(4), Growing(), batch_size, seed=1)
-
-    expected = [(1 + index) % 4 for epoch in range(5) for index in range(epoch + 3)]
-    unbroken = take(growing(5), 5)
-    assert indices(unbroken) == expected
-    first = growing(5)
-    seen = take(first, 2)
-    assert first.state_dict() == {"seed": 1, "epoch": 2, "offset": 3}
-    second = growing(15)
-    second.load_state_dict(first.state_dict())
-    assert_same(seen + take(second, 1), unbroken)
-
-
-@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-def test_the_samples_of_a_step_can_be_told_from_its_position(
-    monkeypatch: pytest.MonkeyPatch, world_size: int, accumulate: int
-) -> None:
-    seen: dict[int, list[int]] = {}
-    for rank in range(world_size):
-        as_rank(monkeypatch, rank, world_size)
-        loader = make(12, accumulate=accumulate, num_workers=1)
-        batches = iter(loader)
-        # Into the next epoch, while the workers are ahead.
-        for _ in range(4 * accumulate):
-            next(batches)
-        position = loader.position
-        assert position == (0, 48)
-        seen[rank] = indices([next(batches) for _ in range(accumulate)])
-        told = loader.samples_at(position, rank)
-        assert [index for index, _, _ in told] == seen[rank]
-        assert {(e, o) for _, e, o in told} <= {(0, 48), (0, 49), *((1, o) for o in range(10))}
-        everybodys = {index for index, _, _ in loader.samples_at(position)}
-    assert everybodys == {index for share in seen.values() for index in share}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_samples_that_are_passed_over_are_left_out_and_nothing_else(num_workers: int) -> None:
-    whole = take(make(12), 12)
-    loader = make(12, num_workers=num_workers)
-    take(loader, 1)
-    # Steps 2 and 3; the latter begins where step 2 now does. And step 8, of epoch 1.
-    for position in [(0, 24), (0, 24), (1, 46)]:
-        loader.pass_over(Position(*position))
-    assert_same(take(loader, 8), [whole[step] for step in (1, 4, 5, 6, 7, 9, 10, 11)])
-
-
-def test_ranks_and_micro_batches_pass_over_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = take(make(12), 4)
-    shares = []
-    for rank in range(2):
-        as_rank(monkeypatch, rank, 2)
-        loader = make(12, accumulate=3)
-        loader.pass_over(Position(0, 12))
-        shares.append(take(loader, 3 * 3))
-    in_order = [batch for turn in zip(*shares, strict=True) for batch in turn]
-    assert_same(in_order, [whole[step] for step in (0, 2, 3)])
-
-
-def test_what_is_passed_over_travels_in_the_state() -> None:
-    loader = make(12)
-    loader.pass_over(Position(0, 36))
-    take(loader, 2)
-    state = loader.state_dict()
-    assert state == {"seed": 5, "epoch": 0, "offset": 24, "passed_over": [[0, 36, 0, 48]]}
-    resumed = make(12)
-    resumed.load_state_dict(state)
-    assert_same(take(resumed, 5), take(loader, 5))
-    assert resumed.state_dict() == loader.state_dict()
-
-
-def test_going_back_to_an_older_state_passes_over_what_came_since_too() -> None:
-    loader = make(12)
-    loader.pass_over(Position(0, 12))
-    take(loader, 1)
-    older = loader.state_dict()
-    loader.pass_over(Position(0, 36))
-    loader.load_state_dict(older)
-    assert loader.state_dict()["passed_over"] == [[0, 12, 0, 24], [0, 36, 0, 48]]
-
-
-def test_what_is_passed_over_stays_so_with_another_batch_size() -> None:
-    loader = make(12)
-    bad = {(epoch, offset) for _, epoch, offset in loader.samples_at(Position(0, 12))}
-    loader.pass_over(Position(0, 12))
-    other = make(10)
-    other.load_state_dict(loader.state_dict())
-    position = other.position
-    for _ in other:
-        seen = {(epoch, offset) for _, epoch, offset in other.samples_at(position)}
-        assert not seen & bad
-        position = other.position
-        if position.epoch == 1:
-            break
-
-
-def test_passing_over_ends_the_iterator_made_before() -> None:
-    loader = make()
-    batches = iter(loader)
-    next(batches)
-    loader.pass_over(loader.position)
-    with pytest.raises(RuntimeError, match="Use the newest"):
-        next(batches)
-
-
-def stopped(requests: list[str]) -> Callable[..., None]:
-    return lambda reason, exit_code: requests.append(reason)
-
-
-class Interrupted(Noisy):
-    """Gets a signal while its sample 12 is fetched for the first time."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        self.size -= 1
-        if self.size == SIZE - 13:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {"index": index, "noise": torch.zeros(1)}
-
-    def __len__(self) -> int:
-        return SIZE
-
-
-def test_a_signal_leaves_a_fetch_at_once_and_loses_nothing() -> None:
-    loader, whole = make(dataset=Interrupted()), take(make(), 4)
-    before = get_rng_state()
-    batches = iter(loader)
-    requests: list[str] = []
-    with stop_signals(stopped(requests)):
-        seen = [next(batches)]
-        with pytest.raises(StopRequested):
-            next(batches)
-    assert requests == ["SIGTERM"]
-    assert loader.position == (0, 12)
-    assert rng_is_untouched(before)
-    assert indices(seen + take(loader, 3)) == indices(whole)
-
-
-class Hanging(Noisy):
-    """Waits for a storage that does not answer."""
-
-    def __getitem__(self, index: int) -> Any:
-        threading.Event().wait()
-
-
-@pytest.mark.faults
-def test_a_signal_does_not_wait_for_workers_that_hang() -> None:
-    batches = iter(make(dataset=Hanging(), num_workers=2))
-    start = time.monotonic()
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with stop_signals(stopped([])), pytest.raises(StopRequested):
-        next(batches)
-    for worker in multiprocessing.active_children():
-        worker.join()
-    # It would be five seconds for each if they were asked to finish their work.
-    assert time.monotonic() - start < 5
-
-
-def test_a_huge_position_is_reached_at_once() -> None:
-    loader = make(dataset=range(10**8), batch_size=4)
-    loader.load_state_dict({"seed": 5, "epoch": 10**6, "offset": 10**8 - 2})
-    assert len(set(next(iter(loader)).tolist())) == 4
-    assert loader.state_dict() == {"seed": 5, "epoch": 10**6 + 1, "offset": 2}
-
-
-def test_the_checkpoints_seed_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    original = make(seed=5)
-    take(original, 2)
-    resumed = make(seed=6)
-    with caplog.at_level(logging.WARNING):
-        resumed.load_state_dict(original.state_dict())
-    assert "has seed 5, this run has 6" in caplog.text
-    assert_same(take(resumed, 3), take(original, 3))
-    assert resumed.state_dict()["seed"] == 5
-
-
-def test_the_same_seed_is_not_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    loader = make()
-    loader.load_state_dict(loader.state_dict())
-    assert caplog.text == ""
-
-
-def test_each_iterator_continues_and_ends_the_one_before() -> None:
-    loader = make()
-    first = iter(loader)
-    seen = [next(first)]
-    second = iter(loader)
-    seen.append(next(second))
-    with pytest.raises(RuntimeError, match="made another iterator"):
-        next(first)
-    loader.load_state_dict(loader.state_dict())
-    with pytest.raises(RuntimeError, match="Use the newest"):
-        next(second)
-    assert_same(seen + take(loader, 1), take(make(), 3))
-
-
-def rng_is_untouched(before: dict[str, Any]) -> bool:
-    now = get_rng_state()
-    return (
-        torch.equal(now["torch"], before["torch"])
-        and torch.equal(now["numpy"]["key"], before["numpy"]["key"])
-        and now["numpy"]["pos"] == before["numpy"]["pos"]
-        and torch.equal(now["python"][1], before["python"][1])
-    )
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_callers_generators_are_left_alone(num_workers: int) -> None:
-    before = get_rng_state()
-    take(make(num_workers=num_workers), 3)
-    assert rng_is_untouched(before)
-
-
-def test_a_failed_fetch_leaves_the_callers_generators_alone() -> None:
-    def fail(sample: Any) -> None:
-        raise LookupError("no such file")
-
-    before = get_rng_state()
-    with pytest.raises(LookupError, match="no such file"):
-        take(make(dataset=MapDataset(Noisy(), fail)), 1)
-    assert rng_is_untouched(before)
-
-
-def test_the_test_loader_does_not_draw_from_the_global_generator(cfg: CfgNode) -> None:
-    before = get_rng_state()
-    list(build_test_loader(cfg, "range", list(range(5))))
-    assert rng_is_untouched(before)
-
-
-def reject_small(sample: dict[str, Any]) -> dict[str, Any] | None:
-    return None if sample["index"] < 25 else sample
-
-
-def test_none_samples_are_replaced_the_same_way_by_workers_and_after_a_resume() -> None:
-    dataset = MapDataset(Noisy(), reject_small)
-    unbroken = make(dataset=dataset)
-    start = take(unbroken, 2)
-    assert min(indices(start)) >= 25
-    resumed = make(dataset=dataset, num_workers=2)
-    resumed.load_state_dict(unbroken.state_dict())
-    assert_same(take(resumed, 4), take(unbroken, 4))
-
-
-def test_reference_counts_alone_free_the_loader() -> None:
-    for num_workers in (0, 1):
-        loader = make(num_workers=num_workers)
-        batches = iter(loader)
-        next(batches)
-        gone = weakref.ref(loader), weakref.ref(loader.dataset)
-        gc.disable()
-        try:
-            del loader, batches
-            assert [ref() for ref in gone] == [None, None]
-        finally:
-            gc.enable()
-
-
-def test_an_empty_data_set_is_refused() -> None:
-    with pytest.raises(ConfigError, match="The data set list is empty"):
-        TrainLoader([], Growing(), 4, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "accumulate", "words"),
-    [
-        (10, 4, 1, r"IMS_PER_BATCH is 10, which 4 process\(es\).* Use 8 or 12\."),
-        (128, 1, 3, "SOLVER.ACCUMULATE = 3 cannot share evenly. Use 126 or 129"),
-        (5, 2, 4, r"Use 8\."),
-        (0, 2, 1, r"IMS_PER_BATCH is 0.* Use 2\."),
-        (8, 1, 0, "SOLVER.ACCUMULATE is 0"),
-    ],
-)
-def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_sizes(
-    monkeypatch: pytest.MonkeyPatch,
-    batch_size: int,
-    world_size: int,
-    accumulate: int,
-    words: str,
-) -> None:
-    as_rank(monkeypatch, 0, world_size)
-    with pytest.raises(ConfigError, match=words):
-        make(batch_size, accumulate=accumulate)
 
 
 @pytest.fixture
@@ -489,7 +45,13 @@ def cfg() -> CfgNode:
             "DATASETS": {"TRAIN": ("build_test_a",), "TEST": ("build_test_b",)},
             "INPUT": {"CROP_PADDING": 2, "FLIP_PROB": 0.5, "ERASE_PROB": 0.5},
             "SOLVER": {"IMS_PER_BATCH": 8, "ACCUMULATE": 2},
-            "DATALOADER": {"NUM_WORKERS": 0, "SAMPLER_TRAIN": "TrainingSampler"},
+            "DATALOADER": {
+                "NUM_WORKERS": 0,
+                "SAMPLER_TRAIN": "TrainingSampler",
+                "RANDOM_SUBSET_RATIO": 1.0,
+                "REPEAT_THRESHOLD": 0.0,
+                "REPEAT_SQRT": True,
+            },
             "TEST": {"IMS_PER_BATCH": 3},
             "SEED": 4,
             "MODEL": {"DEVICE": "cpu"},
@@ -545,12 +107,52 @@ def test_transforms_that_are_off_are_not_built(cfg: CfgNode) -> None:
     assert mapper({"image": torch.tensor([[[1, 2]]])})["image"].tolist() == [[[2, 1]]]
 
 
-def test_without_a_seed_ranks_share_a_random_one(
+def test_d16_a_negative_seed_gives_each_run_an_order_of_its_own(
     cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg.SEED = -1
+    dataset = Noisy()
+    first, second = (build_train_loader(cfg, dataset) for _ in range(2))
+    resumed = build_train_loader(cfg, dataset)
+    seen = take(first, 2)
+    assert not torch.equal(seen[0]["index"], next(iter(second))["index"])
+    # A resume takes the order up where the run left it; it is no second run.
+    resumed.load_state_dict(first.state_dict())
+    assert_same(take(resumed, 4), take(first, 4))
+    # A sampler of the user's takes the seed as it comes.
+    monkeypatch.setitem(SAMPLER_REGISTRY._obj_map, "Reversed", Reversed)
+    cfg.DATALOADER.SAMPLER_TRAIN = "Reversed"
+    assert build_train_loader(cfg, dataset).seed != build_train_loader(cfg, dataset).seed
+    # Ranks share the seed.
     monkeypatch.setattr(comm, "shared_random_seed", lambda: 99)
-    assert build_train_loader(cfg).state_dict()["seed"] == 99
+    assert build_train_loader(cfg, dataset).state_dict()["seed"] == 99
+
+
+@pytest.mark.parametrize("name", [name for name, _ in SAMPLER_REGISTRY])
+def test_d40_each_sampler_builds_from_the_default_config(name: str) -> None:
+    cfg = get_cfg()
+    cfg.DATALOADER.SAMPLER_TRAIN = name
+    cfg.DATALOADER.NUM_WORKERS = 0
+    loader = build_train_loader(cfg)
+    assert type(loader.sampler).__name__ == name
+    assert len(next(iter(loader))["label"]) == cfg.SOLVER.IMS_PER_BATCH
+
+
+def test_d40_samplers_take_their_keys(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN = ("build_test_a", "build_test_b")
+    cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
+    subset = build_train_loader(cfg).sampler
+    assert isinstance(subset, RandomSubsetTrainingSampler)
+    assert len(subset.indices(0)) == 8
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.75
+    for sqrt in (False, True):
+        cfg.DATALOADER.REPEAT_SQRT = sqrt
+        repeating = build_train_loader(cfg).sampler
+        assert isinstance(repeating, RepeatFactorTrainingSampler)
+        ratios = torch.tensor([0.75 / (10 / 16)] * 10 + [0.75 / (6 / 16)] * 6, dtype=torch.float64)
+        assert torch.allclose(repeating.repeat_factors, ratios.sqrt() if sqrt else ratios)
 
 
 class Reversed:
@@ -610,3 +212,196 @@ def test_ranks_share_the_test_data_exactly(cfg: CfgNode, monkeypatch: pytest.Mon
         loader = build_test_loader(cfg, "tens", range(7), mapper=lambda sample: sample * 10)
         seen += torch.cat(list(loader)).tolist()
     assert seen == [0, 10, 20, 30, 40, 50, 60]
+
+
+def test_the_test_loader_does_not_draw_from_the_global_generator(cfg: CfgNode) -> None:
+    before = get_rng_state()
+    list(build_test_loader(cfg, "range", list(range(5))))
+    assert rng_is_untouched(before)
+
+
+class Draws(Dataset[list[float]]):
+    """Samples of what the worker's generators draw."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> list[float]:
+        return [random.random(), float(np.random.rand()), torch.rand(()).item()]
+
+
+class Sizes(Dataset[dict[str, int]]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"index": index, "width": 1 + index % 3, "height": 2}
+
+
+class Count(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield from range(10)
+
+
+def test_batches_of_a_training_sampler_resume_exactly() -> None:
+    def build(seed: int = 3) -> Any:
+        return build_batch_data_loader(Noisy(), TrainingSampler(SIZE, seed=seed), 12)
+
+    loader = build()
+    assert isinstance(loader, TrainLoader)
+    batches = list(itertools.islice(loader, 3))
+    order = TrainingSampler(SIZE, seed=3).indices(0)
+    assert [sample["index"] for sample in batches[0]] == list(order[:12])
+    resumed = build(seed=4)
+    resumed.load_state_dict(loader.state_dict())
+    expected = itertools.islice(loader, 5)
+    found = itertools.islice(resumed, 5)
+    for left, right in zip(found, expected, strict=True):
+        assert [s["index"] for s in left] == [s["index"] for s in right]
+        assert all(torch.equal(a["noise"], b["noise"]) for a, b in zip(left, right, strict=True))
+
+
+def test_a_seed_takes_the_place_of_the_samplers_and_a_negative_one_does_not() -> None:
+    def first(**options: Any) -> Any:
+        loader = build_batch_data_loader(range(50), TrainingSampler(50, seed=3), 50, **options)
+        return next(iter(loader))
+
+    assert first(seed=-1) == first() == list(TrainingSampler(50, seed=3).indices(0))
+    assert first(seed=7) == list(TrainingSampler(50, seed=7).indices(0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_other_samplers_get_a_plain_loader_of_the_ranks_batches(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    as_rank(monkeypatch, 1, 2)
+    for drop_last, sizes in ((True, [3, 3, 3]), (False, [3, 3, 3, 1])):
+        loader = build_batch_data_loader(
+            range(10),
+            RandomSampler(range(10)),
+            6,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            persistent_workers=True,
+        )
+        assert isinstance(loader, DataLoader)
+        assert [len(batch) for batch in loader] == sizes
+
+
+def test_iterable_data_sets_have_no_sampler() -> None:
+    batches = list(build_batch_data_loader(Count(), None, 4, collate_fn=sum, drop_last=False))
+    assert batches == [0 + 1 + 2 + 3, 4 + 5 + 6 + 7, 8 + 9]
+    mapped = build_detection_train_loader(Count(), mapper=reject_odd, total_batch_size=2)
+    assert list(mapped) == [[0, 2], [4, 6]]
+
+
+def reject_odd(sample: int) -> int | None:
+    return None if sample % 2 else sample
+
+
+def test_the_batch_of_a_rank_can_be_given_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 0, 2)
+    sampler = TrainingSampler(10, seed=0)
+    loader = build_batch_data_loader(
+        range(10), sampler, None, single_gpu_batch_size=3, accumulate=2
+    )
+    assert loader.batch_size == 12
+    assert len(next(iter(loader))) == 3
+    for total, single in ((8, 4), (None, None), (0, None)):
+        with pytest.raises(ConfigError, match=f"size is {total} and .* is {single}. Give one"):
+            build_batch_data_loader(range(10), sampler, total, single_gpu_batch_size=single)
+
+
+def test_batches_can_be_wide_or_high() -> None:
+    sampler = TrainingSampler(20, seed=0)
+    loader = build_batch_data_loader(
+        Sizes(), sampler, 4, aspect_ratio_grouping=True, num_workers=1, collate_fn=first_and_all
+    )
+    batches = list(itertools.islice(loader, 10))
+    assert all(len({s["width"] > 2 for s in samples}) == 1 for _, samples in batches)
+    assert {len(samples) for _, samples in batches} == {4}
+    # Samples come in the sampler's order.
+    assert batches[0][0]["index"] in list(sampler.indices(0)[:7])
+
+
+def first_and_all(samples: list[Any]) -> Any:
+    return samples[0], samples
+
+
+def drawn(rank: int, monkeypatch: pytest.MonkeyPatch, sampler: Any) -> set[float]:
+    with monkeypatch.context() as patch:
+        as_rank(patch, rank, 2)
+        loader = build_batch_data_loader(Draws(), sampler, 4, num_workers=2, seed=5)
+        batches = list(itertools.islice(loader, 2))
+    return {value for batch in batches for sample in batch for value in sample}
+
+
+@pytest.mark.parametrize("sampler", [range(8), TrainingSampler(8, seed=0)])
+def test_d45_workers_of_different_ranks_draw_differently(
+    monkeypatch: pytest.MonkeyPatch, sampler: Any
+) -> None:
+    first, second = (drawn(rank, monkeypatch, sampler) for rank in range(2))
+    assert len(first) == len(second) == 2 * 2 * 3
+    assert not first & second
+    assert drawn(1, monkeypatch, sampler) == second
+
+
+def test_workers_of_a_plain_data_loader_can_be_seeded_in_all_generators() -> None:
+    def first(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        options: Any = {"worker_init_fn": worker_init_reset_seed, "generator": generator}
+        return next(iter(DataLoader(Draws(), batch_size=None, num_workers=1, **options)))
+
+    assert first(1) == first(1)
+    assert not set(first(1)) & set(first(2))
+    assert trivial_batch_collator([1, 2]) == [1, 2]
+
+
+def double(sample: Any) -> Any:
+    return {"label": sample["label"] * 2}
+
+
+def test_detectron2s_training_loader_takes_a_config_or_arguments(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN = ("build_test_b",)
+    by_config = build_detection_train_loader(cfg, mapper=double)
+    assert (by_config.batch_size, by_config.accumulate, by_config.seed) == (8, 2, 4)
+    assert next(iter(by_config)) == [{"label": 2}] * 4
+    assert next(iter(build_detection_train_loader(cfg)))[0]["image"].shape == (1, 8, 8)
+    changed = build_detection_train_loader(
+        cfg, dataset=[{"label": 5}] * 3, mapper=double, total_batch_size=6, num_workers=0
+    )
+    assert next(iter(changed)) == [{"label": 10}] * 3
+    sampler = TrainingSampler(3, shuffle=False, seed=0)
+    dataset = [{"label": label} for label in (3, 4, 5)]
+    for loader in (
+        build_detection_train_loader(dataset, mapper=double, sampler=sampler, total_batch_size=2),
+        build_detection_train_loader(
+            dataset=dataset, mapper=double, sampler=sampler, total_batch_size=2
+        ),
+    ):
+        assert next(iter(loader)) == [{"label": 6}, {"label": 8}]
+        assert isinstance(loader.dataset.dataset, DatasetFromList)
+    with pytest.raises(ConfigError, match="total_batch_size is None"):
+        build_detection_train_loader(dataset)
+
+
+def test_detectron2s_test_loader_takes_a_config_or_arguments(cfg: CfgNode) -> None:
+    one_by_one = build_detection_test_loader(cfg, "build_test_b", mapper=double)
+    assert list(one_by_one) == [[{"label": 2}]] * 6
+    several = build_detection_test_loader(cfg, ["build_test_a", "build_test_b"], batch_size=16)
+    (batch,) = several
+    assert [sample["label"] for sample in batch] == [0] * 10 + [1] * 6
+    dataset = [{"label": label} for label in range(4)]
+    for loader in (
+        build_detection_test_loader(dataset, batch_size=3, sampler=range(4)),
+        build_detection_test_loader(dataset=dataset, batch_size=3, num_workers=1),
+        build_detection_test_loader(cfg, "named", dataset=dataset, batch_size=3),
+    ):
+        assert list(loader) == [dataset[:3], dataset[3:]]
+    assert list(build_detection_test_loader(Count(), batch_size=10)) == [list(range(10))]
+    summed = build_detection_test_loader(range(4), batch_size=4, collate_fn=sum)
+    assert list(summed) == [6]
+    with pytest.raises(ConfigError, match="The data set DatasetFromList is empty"):
+        build_detection_test_loader([])
+    with pytest.raises(ConfigError, match="dataset_name is empty"):
+        build_detection_test_loader(cfg)

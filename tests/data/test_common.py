@@ -1,25 +1,32 @@
 import multiprocessing
 import os
+import pickle
 import random
 import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from trainkit.data.common import (
     MAX_ATTEMPTS,
+    AspectRatioGroupedDataset,
+    DatasetFromList,
     MapDataset,
     SeededBatches,
+    ToIterableDataset,
     WatchedLoader,
     WorkerDiedError,
+    set_default_dataset_from_list_serialize_method,
     worker_init_fn,
 )
 from trainkit.data.samplers.distributed_sampler import TrainingSampler
@@ -69,6 +76,55 @@ def test_none_passes_through_nested_maps() -> None:
     outer = MapDataset(inner, lambda x: x + 1)
     assert outer[0] is None
     assert outer[1] == 3
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from (1, None, 2, 3)
+
+
+def test_mapping_an_iterable_data_set_gives_one_and_leaves_none_out() -> None:
+    dataset = MapDataset(Stream(), lambda x: None if x == 2 else x * 10)
+    assert isinstance(dataset, IterableDataset)
+    assert list(dataset) == list(dataset) == [10, 30]
+    assert list(DataLoader(dataset, batch_size=None, num_workers=1)) == [10, 30]
+
+
+class Adding(MapDataset):
+    """A subclass with an argument of its own."""
+
+    def __init__(self, dataset: Any, summand: int) -> None:
+        super().__init__(dataset, lambda x: x + summand)
+
+
+def test_mapping_can_be_subclassed() -> None:
+    assert Adding([1, 2], summand=3)[1] == 5
+    by_name: Any = MapDataset(dataset=Stream(), map_func=str)
+    assert list(by_name) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("dataset", [[1, 2, 3], Stream()])
+def test_a_lambda_travels_to_workers(dataset: Any) -> None:
+    mapped = pickle.loads(pickle.dumps(MapDataset(dataset, lambda x: x * 10)))
+    values = list(mapped) if isinstance(mapped, IterableDataset) else [mapped[i] for i in range(3)]
+    assert values == [10, 20, 30]
+
+
+class CountingSampler(TrainingSampler):
+    num_calls = 0
+
+    def indices(self, epoch: int) -> EpochOrder:
+        self.num_calls += 1
+        return super().indices(epoch)
+
+
+def test_an_epoch_is_computed_once_for_all_that_is_replaced_in_it() -> None:
+    sampler = CountingSampler(100, seed=0)
+    batches = SeededBatches(MapDataset(range(100), reject_even), sampler, 0, identity)
+    for epoch in (3, 4):
+        for offset in range(20):
+            batches.fetch((0, epoch, offset))
+    assert sampler.num_calls == 2
 
 
 def test_a_sample_draws_the_same_whatever_ran_before() -> None:
@@ -279,3 +335,119 @@ def test_an_error_of_the_data_set_reaches_the_caller_as_it_is(num_workers: int) 
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(FileNotFoundError, match=r"2\.png"):
         next(batches)
+
+
+SAMPLES: list[Any] = [{"id": index, "text": "x" * (index * 37 % 1000)} for index in range(2000)]
+
+
+@pytest.mark.parametrize("serialize", [True, False, tuple])
+def test_a_list_becomes_a_data_set(serialize: Any) -> None:
+    dataset = DatasetFromList(SAMPLES, serialize=serialize)
+    assert len(dataset) == len(SAMPLES)
+    assert [dataset[index] for index in range(len(SAMPLES))] == SAMPLES
+    assert dataset[-1] == SAMPLES[-1]
+    with pytest.raises(IndexError):
+        dataset[len(SAMPLES)]
+    assert len(DatasetFromList([], serialize=serialize)) == 0
+
+
+@pytest.mark.parametrize(
+    ("copy", "serialize", "is_copied"),
+    [(True, True, True), (False, True, True), (True, False, True), (False, False, False)],
+)
+def test_samples_are_copies_unless_that_is_off(
+    copy: bool, serialize: bool, is_copied: bool
+) -> None:
+    samples: list[Any] = [{"box": [1, 2]}]
+    dataset = DatasetFromList(samples, copy=copy, serialize=serialize)
+    dataset[0]["box"].append(3)
+    assert dataset[0]["box"] == ([1, 2] if is_copied else [1, 2, 3])
+
+
+def test_another_way_to_hold_lists_can_be_the_default_for_a_while() -> None:
+    def use_it() -> None:
+        with set_default_dataset_from_list_serialize_method(lambda items: [i * 2 for i in items]):
+            assert DatasetFromList([1, 2])[1] == 4
+            assert DatasetFromList([1, 2], serialize=False)[1] == 2
+            raise LookupError("an error inside")
+
+    with pytest.raises(LookupError, match="an error inside"):
+        use_it()
+    assert DatasetFromList([1, 2])[1] == 2
+
+
+class Mapped(Dataset[Any]):
+    """Says how much of the buffer of a `DatasetFromList` is this process's own memory, in bytes."""
+
+    def __init__(self, dataset: DatasetFromList) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        samples = [self.dataset[i] for i in range(len(self.dataset))]
+        assert len(samples) == len(self.dataset)
+        return self.dataset[index], private_bytes(self.dataset._samples.buffer.data_ptr())
+
+
+def private_bytes(address: int) -> int:
+    """Memory of this process alone in the mapping that holds an address."""
+    found = False
+    total = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if not head.endswith(":"):
+            start, end = (int(part, 16) for part in head.split("-"))
+            found = start <= address < end
+        elif found and head.startswith("Private_"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="smaps is Linux's")
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_share_the_memory_of_a_list(start_method: str) -> None:
+    # One sample takes more than glibc's largest threshold for a mapping of its own.
+    dataset = DatasetFromList([*SAMPLES, "x" * (40 << 20)])
+    assert private_bytes(dataset._samples.buffer.data_ptr()) > 40 << 20
+    loader = DataLoader(
+        Mapped(dataset),
+        batch_size=None,
+        sampler=range(4),
+        num_workers=2,
+        multiprocessing_context=start_method,
+    )
+    fetched = list(loader)
+    assert [sample for sample, _ in fetched] == SAMPLES[:4]
+    assert max(private for _, private in fetched) < 1 << 20
+    assert dataset._samples.buffer.is_shared() == (start_method == "spawn")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_workers_that_take_turns_give_the_order_of_one_process(
+    num_workers: int, chunk: int
+) -> None:
+    dataset = MapDataset(range(10), lambda index: index * 10)
+    iterable = ToIterableDataset(dataset, TrainingSampler(10, seed=1), shard_chunk_size=chunk)
+    batches = islice(DataLoader(iterable, batch_size=chunk, num_workers=num_workers), 8)
+    expected = [index * 10 for index in islice(TrainingSampler(10, seed=1), 8 * chunk)]
+    assert torch.cat(list(batches)).tolist() == expected
+
+
+def test_a_sampler_that_shards_itself_is_left_alone() -> None:
+    iterable = ToIterableDataset(range(10), range(3), shard_sampler=False)
+    batches: DataLoader[Any] = DataLoader(iterable, batch_size=None, num_workers=2)
+    assert sorted(batches) == [0, 0, 1, 1, 2, 2]
+
+
+def test_batches_are_wide_or_high() -> None:
+    shapes = [(4, 3), (3, 4), (2, 1), (3, 3), (9, 1)]
+    dataset = [{"width": width, "height": height} for width, height in shapes]
+    batches = [
+        [(sample["width"], sample["height"]) for sample in batch]
+        for batch in AspectRatioGroupedDataset(dataset, 2)
+    ]
+    assert batches == [[(4, 3), (2, 1)], [(3, 4), (3, 3)]]

@@ -1,7 +1,8 @@
-"""Small trainers: a loop without a model, and a linear regression on 10 samples."""
+"""Small trainers: a loop without a model, a linear regression on 10 samples, a tiny config."""
 
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from trainkit.config.config import CfgNode
+from trainkit.config.defaults import get_cfg
+from trainkit.data.catalog import DatasetCatalog, MetadataCatalog
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.train_loop import SimpleTrainer, TrainerBase
 
 Sample = dict[str, torch.Tensor]
+MakeCfg = Callable[..., CfgNode]
 
 
 class Loop(TrainerBase):
@@ -122,6 +127,37 @@ def simple(
         return SimpleTrainer(model, data_loader, optimizer, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def make_cfg(tmp_path: Path) -> Iterator[MakeCfg]:
+    """A tiny net on 12 images of 8 x 8 pixels, for 4 iterations."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    data = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
+    for name in ("tiny_train", "tiny_test", "tiny_other"):
+        DatasetCatalog.register(name, lambda: data)
+        MetadataCatalog.get(name).set(classes=["a", "b", "c"])
+
+    def make(*opts: Any) -> CfgNode:
+        cfg = get_cfg()
+        cfg.merge_from_list(
+            [
+                *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_test",)),
+                *("MODEL.BACKBONE.WIDTHS", (4,), "MODEL.BACKBONE.BLOCKS", (0,)),
+                *("MODEL.NUM_CLASSES", 3, "MODEL.DEVICE", "cpu", "MODEL.DROPOUT", 0.2),
+                *("SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 1),
+                *("SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
+                *("OUTPUT_DIR", str(tmp_path), "TEST.IMS_PER_BATCH", 5, *opts),
+            ]
+        )
+        cfg.freeze()
+        return cfg
+
+    yield make
+    for name in ("tiny_train", "tiny_test", "tiny_other"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture(scope="session")

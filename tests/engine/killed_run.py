@@ -19,9 +19,8 @@ from torch.utils.data import Dataset
 from trainkit.config import CfgNode, get_cfg
 from trainkit.data import DatasetCatalog, FashionMNIST
 from trainkit.data.datasets.fashion_mnist import EMBEDDED_FOLDER
-from trainkit.engine import DefaultTrainer, HookBase, defaults, launch
+from trainkit.engine import DefaultTrainer, HookBase, launch
 from trainkit.engine.hook_base import hooks_state_dict
-from trainkit.engine.setup import create_ddp_model
 from trainkit.evaluation import ClassificationEvaluator, DatasetEvaluator
 from trainkit.utils import comm
 from trainkit.utils.random import get_rng_state
@@ -35,12 +34,10 @@ class Setup(NamedTuple):
 
     Attributes:
         is_seeded: Whether generators are seeded before each forward pass, or else saved.
-        ddp: Further arguments of DistributedDataParallel.
         has_memory: Whether the loss depends on a buffer of each rank's own.
     """
 
     is_seeded: bool = True
-    ddp: tuple[tuple[str, Any], ...] = ()
     has_memory: bool = False
 
 
@@ -274,7 +271,6 @@ def run(
     torch.set_num_threads(1)
     # Loader workers start as usual, not as this process did.
     mp.set_start_method("fork", force=True)
-    defaults.create_ddp_model = partial(create_ddp_model, **dict(setup.ddp))
     KilledTrainer.setup = setup
     trainer = KilledTrainer(small_cfg(output_dir, opts), kill)
     trainer.resume_or_load(resume)

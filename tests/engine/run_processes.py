@@ -16,7 +16,7 @@ from tests.engine.killed_run import PLAIN, Kill, Setup, run, run_rank
 
 TIMINGS = {"time", "data_time", "rank_data_time", "eta_seconds"}
 
-HOOKS = ("LRScheduler", "BestCheckpointer")
+HOOKS = ("LRScheduler", "BestCheckpointer", "EMA", "PreciseBN", "EarlyStopping")
 """Those whose states are the same before and after what was pending."""
 
 LEAVE_SECONDS = 20

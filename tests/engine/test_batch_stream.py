@@ -133,7 +133,7 @@ def test_a_resumed_stream_yields_what_the_unbroken_one_did(kind: str, consumed: 
     assert equal(draw(resumed, 17), expected)
 
 
-def test_a_finite_loader_begins_again_in_another_order() -> None:
+def test_d14_a_finite_loader_begins_again_in_another_order() -> None:
     stream = BatchStream(DataLoader(list(range(5)), shuffle=True))  # type: ignore[arg-type]  # list
     epochs = [[int(batch) for batch in draw(stream, 5)] for _ in range(4)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
@@ -243,12 +243,12 @@ def test_the_position_of_another_kind_of_loader_is_not_used(
     "loader",
     [[], DataLoader(list(range(3)), batch_size=4, drop_last=True)],  # type: ignore[arg-type]  # list
 )
-def test_a_loader_without_batches_is_an_error(loader: Any) -> None:
+def test_d14_a_loader_without_batches_is_an_error(loader: Any) -> None:
     with pytest.raises(ConfigError, match=r"yields no batch. Its data set may be empty"):
         next(BatchStream(loader))
 
 
-def test_an_exhausted_iterator_is_an_error() -> None:
+def test_d14_an_exhausted_iterator_is_an_error() -> None:
     stream = BatchStream(iter([1, 2]))
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(ConfigError, match=r"\(list_iterator\) is an iterator that ended after 2"):

@@ -2,61 +2,32 @@ import json
 import logging
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.config.config import CfgNode
 from trainkit.config.defaults import get_cfg
-from trainkit.data.catalog import DatasetCatalog, MetadataCatalog
+from trainkit.config.lazy import LazyConfig
 from trainkit.engine.defaults import DefaultTrainer
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
 from trainkit.engine.hooks.checkpoint import PeriodicCheckpointer
+from trainkit.engine.hooks.writer import PeriodicWriter
 from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
 from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.evaluation.evaluator import DatasetEvaluator
 from trainkit.evaluation.testing import ResultsMismatchError
-from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
 
 MakeCfg = Callable[..., CfgNode]
-
-
-@pytest.fixture
-def make_cfg(tmp_path: Path) -> Iterator[MakeCfg]:
-    """A tiny net on 12 images of 8 x 8 pixels, for 4 iterations."""
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    data = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
-    for name in ("tiny_train", "tiny_test", "tiny_other"):
-        DatasetCatalog.register(name, lambda: data)
-        MetadataCatalog.get(name).set(classes=["a", "b", "c"])
-
-    def make(*opts: Any) -> CfgNode:
-        cfg = get_cfg()
-        cfg.merge_from_list(
-            [
-                *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_test",)),
-                *("MODEL.BACKBONE.WIDTHS", (4,), "MODEL.BACKBONE.BLOCKS", (0,)),
-                *("MODEL.NUM_CLASSES", 3, "MODEL.DEVICE", "cpu", "MODEL.DROPOUT", 0.2),
-                *("SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 1),
-                *("SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", 0, "SEED", 5),
-                *("OUTPUT_DIR", str(tmp_path), "TEST.IMS_PER_BATCH", 5, *opts),
-            ]
-        )
-        cfg.freeze()
-        return cfg
-
-    yield make
-    for name in ("tiny_train", "tiny_test", "tiny_other"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def weights(trainer: SimpleTrainer) -> list[torch.Tensor]:
@@ -79,25 +50,6 @@ def resumed(cfg: CfgNode) -> DefaultTrainer:
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=True)
     return trainer
-
-
-def test_the_default_hooks_run_in_this_order(make_cfg: MakeCfg) -> None:
-    trainer = DefaultTrainer(make_cfg("TEST.BEST_METRIC", "classification/top1"))
-    trainer.register_hooks([late := CallbackHook()])
-    names = [type(hook).__name__ for hook in trainer._hooks]
-    assert names == [
-        *("IterationTimer", "LRScheduler", "PeriodicCheckpointer", "EvalHook", "BestCheckpointer"),
-        *("CallbackHook", "PeriodicWriter"),
-    ]
-    assert trainer._hooks[-2] is late
-
-
-def test_only_rank_0_writes_and_no_metric_keeps_no_best_model(
-    make_cfg: MakeCfg, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    names = [type(hook).__name__ for hook in DefaultTrainer(make_cfg())._hooks]
-    assert names == ["IterationTimer", "LRScheduler", "PeriodicCheckpointer", "EvalHook"]
 
 
 def test_training_returns_the_results_and_leaves_its_files(
@@ -132,16 +84,30 @@ def test_expected_results_are_checked(make_cfg: MakeCfg, tolerance: float) -> No
         trainer.train()
 
 
-def test_the_config_reaches_the_trainer(make_cfg: MakeCfg) -> None:
+def test_d29_precision_metrics_ddp_and_writer_follow_the_config(
+    make_cfg: MakeCfg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddp: dict[str, Any] = {}
+
+    def note(model: nn.Module, **arguments: Any) -> nn.Module:
+        ddp.update(arguments)
+        return model
+
+    monkeypatch.setattr("trainkit.engine.defaults.create_ddp_model", note)
     cfg = make_cfg(
         *("SOLVER.PRECISION", "bf16", "SOLVER.ACCUMULATE", 2, "GATHER_METRIC_PERIOD", 7),
         *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value"),
+        *("DDP.FIND_UNUSED_PARAMETERS", True, "DDP.BUCKET_CAP_MB", 5, "LOG_PERIOD", 3),
     )
     trainer = DefaultTrainer(cfg)
     assert (trainer.precision, trainer.accumulate) == ("bf16", 2)
     assert (trainer.gather_metric_period, trainer.seed, trainer.max_iter) == (7, 5, 4)
     clipper: Any = trainer.grad_clipper
     assert clipper.clip_type == "value"
+    assert (ddp["find_unused_parameters"], ddp["bucket_cap_mb"]) == (True, 5)
+    known = {"fp16_compression", "broadcast_buffers"}
+    assert ddp.keys() - known <= signature(DistributedDataParallel).parameters.keys()
+    assert next(h for h in trainer._hooks if isinstance(h, PeriodicWriter))._period == 3
 
 
 def test_limit_batches_runs_dry(make_cfg: MakeCfg) -> None:
@@ -165,7 +131,7 @@ def test_limit_batches_runs_dry(make_cfg: MakeCfg) -> None:
     assert seen == [5, 5]
 
 
-def test_two_trainers_of_one_seed_are_equal_and_of_another_are_not(make_cfg: MakeCfg) -> None:
+def test_d45_two_trainers_of_one_seed_are_equal_and_of_another_are_not(make_cfg: MakeCfg) -> None:
     trainers = [DefaultTrainer(make_cfg("SEED", seed)) for seed in (5, 5, 6)]
     for trainer in trainers:
         trainer.train()
@@ -204,7 +170,7 @@ def test_a_negative_seed_is_drawn_and_stands_in_the_config(
     assert data["trainer"]["seed"] == seeds[0]
 
 
-def test_resuming_a_finished_run_does_nothing_and_says_so(
+def test_d21_resuming_a_finished_run_does_nothing_and_says_so(
     make_cfg: MakeCfg, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     DefaultTrainer(make_cfg()).train()
@@ -333,7 +299,7 @@ def test_every_build_method_may_be_overridden(make_cfg: MakeCfg) -> None:
     assert seen == [0, 1, 2, 3]
 
 
-def test_after_backward_hooks_fire(make_cfg: MakeCfg) -> None:
+def test_d01_after_backward_hooks_fire(make_cfg: MakeCfg) -> None:
     trainer = DefaultTrainer(make_cfg())
     fired: list[bool] = []
 
@@ -371,7 +337,7 @@ class Detectron2Style(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        trainer_class = AMPTrainer if cfg.SOLVER.PRECISION == "bf16" else SimpleTrainer
+        trainer_class = AMPTrainer if cfg.SOLVER.PRECISION == "fp16" else SimpleTrainer
         self._trainer = trainer_class(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -381,13 +347,13 @@ class Detectron2Style(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_assigned_inner_trainer_makes_the_step_and_shares_the_hooks(
     make_cfg: MakeCfg, precision: str
 ) -> None:
     trainer = Detectron2Style(make_cfg("SOLVER.PRECISION", precision))
     inner = trainer._trainer
-    assert type(inner) is (AMPTrainer if precision == "bf16" else SimpleTrainer)
+    assert type(inner) is (AMPTrainer if precision == "fp16" else SimpleTrainer)
     assert trainer.model is inner.model
     calls: list[tuple[str, int]] = []
     trainer.register_hooks(
@@ -648,3 +614,12 @@ def test_old_pickles_load_only_where_the_config_trusts_them(
     trainer = DefaultTrainer(make_cfg(*opts, "MODEL.TRUST_PICKLE", True))
     trainer.resume_or_load(resume=False)
     assert all(torch.equal(v, weights[k] + 1) for k, v in trainer.model.state_dict().items())
+
+
+def test_d51_a_lazy_config_is_taken_as_it_is(tmp_path: Path) -> None:
+    cfg = LazyConfig.load(Path(__file__).parents[2] / "configs" / "lazy" / "fashion_mnist.py")
+    cfg.train.update(max_iter=2, output_dir=str(tmp_path), device="cpu")
+    cfg.model.backbone.update(widths=[4], blocks=[1])
+    trainer = DefaultTrainer(cfg)
+    assert trainer.train()["classification"]["top1"] > 0
+    assert len(trainer.storage.history("total_loss").values()) == 2

@@ -16,12 +16,16 @@ pytestmark = pytest.mark.faults
 METHODS = ("before_train", "before_step", "after_backward", "after_step", "after_train")
 
 KINDS = (
-    *("IterationTimer", "LRScheduler", "PeriodicCheckpointer", "EvalHook", "BestCheckpointer"),
+    *("IterationTimer", "LRScheduler", "EMA", "PreciseBN", "TimeLimit", "PeriodicCheckpointer"),
+    *("ValidationLoss", "EvalHook", "BestCheckpointer", "EarlyStopping"),
     *("CallbackHook", "PeriodicWriter"),
 )
 
 OPTS = ["SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 2]
 OPTS += ["TEST.EVAL_PERIOD", 2, "LOG_PERIOD", 1, "DATALOADER.NUM_WORKERS", 0]
+OPTS += ["MODEL.EMA.ENABLED", True, "DATASETS.VAL", ("tiny_test",), "SOLVER.MAX_SECONDS", 900]
+OPTS += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1]
+OPTS += ["TEST.EARLY_STOPPING.METRIC", "val/total_loss"]
 
 
 @pytest.fixture(autouse=True)

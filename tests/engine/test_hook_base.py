@@ -84,12 +84,22 @@ def test_hooks_of_one_class_are_numbered() -> None:
     ]
 
 
-def test_twin_hooks_keep_separate_states() -> None:
+def test_d10_twin_hooks_keep_separate_states() -> None:
     states = hooks_state_dict([Counter(3), HookBase(), Counter(5)])
     assert states == {"Counter": {"count": 3}, "Counter#2": {"count": 5}}
     first, second = Counter(), Counter()
     load_hooks_state_dict([first, second], states)
     assert (first.count, second.count) == (3, 5)
+
+
+def test_d10_a_hook_that_only_gives_a_state_out_can_be_resumed() -> None:
+    class OnlyGives(HookBase):
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": 1}
+
+    states = hooks_state_dict([OnlyGives(), OnlyGives()])
+    assert list(states.values()) == [{"count": 1}] * 2
+    assert load_hooks_state_dict([OnlyGives(), OnlyGives()], states) == {}
 
 
 def test_a_hook_that_is_registered_after_loading_gets_its_state(loop: Any) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import trainkit
 from tests.engine.ranks_run import Fault, train
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.engine.exit_codes import exit_codes
+from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
 from trainkit.engine.hooks.checkpoint import PeriodicCheckpointer
 from trainkit.engine.hooks.evaluation import EvalHook
-from trainkit.engine.launch import launch
+from trainkit.engine.launch import _sruns_numbers, launch
 from trainkit.engine.setup import create_ddp_model
 from trainkit.engine.train_loop import SimpleTrainer
 from trainkit.utils import comm
@@ -63,11 +65,93 @@ def torchrun_env(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("torchrun_env")
-def test_torchruns_group_is_joined_and_left_again_and_again() -> None:
+def test_d43_torchruns_group_is_joined_and_left_again_and_again() -> None:
     # The numbers given do not count.
     for _ in range(2):
         assert launch(lambda: (dist.is_initialized(), comm.get_world_size()), 8) == (True, 1)
         assert not dist.is_initialized()
+
+
+@pytest.mark.usefixtures("torchrun_env")
+def test_d43_a_machine_with_gpus_may_have_more_processes_on_its_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backends: list[str] = []
+    devices: list[int] = []
+    join = dist.init_process_group
+
+    def join_over_gloo(backend: str, **kwargs: Any) -> None:
+        backends.append(backend)
+        join("gloo", **kwargs)
+
+    monkeypatch.setattr(dist, "init_process_group", join_over_gloo)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    launch(lambda: None)
+    assert backends == ["cpu:gloo,cuda:nccl"]
+    assert devices == [1]
+
+
+SRUN = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu[03-05],cpu1",
+}
+
+
+def test_d43_a_task_of_srun_has_the_numbers_of_torchruns_processes() -> None:
+    numbers = _sruns_numbers(SRUN)
+    assert numbers == {
+        "RANK": "6",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": str(20000 + 7 * 4711 % 20000),
+    }
+    assert _sruns_numbers({**SRUN, "SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a-1", "a-1"),
+        ("a1,b2", "a1"),
+        ("n[7,9]", "n7"),
+        ("x.y,n[1-2]", "x.y"),
+        ("n-[001]", "n-001"),
+    ],
+)
+def test_the_tasks_of_srun_meet_at_the_first_node(nodes: str, first: str) -> None:
+    assert _sruns_numbers({**SRUN, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+def test_an_address_that_is_given_is_where_the_tasks_of_srun_meet() -> None:
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    numbers = _sruns_numbers({**SRUN, **given})
+    assert {name: numbers[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},
+        # A batch script, whose job may have many tasks.
+        {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "7", "SLURM_PROCID": "0"},
+        # torchrun, once on each node.
+        {**SRUN, "RANK": "0", "WORLD_SIZE": "8"},
+    ],
+)
+def test_other_processes_are_no_tasks_of_srun(env: dict[str, str]) -> None:
+    assert _sruns_numbers(env) == {}
 
 
 @pytest.mark.usefixtures("torchrun_env")
@@ -84,11 +168,15 @@ def test_a_group_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPat
         launch(lambda: None)
 
 
-def run_script(folder: Path, case: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+def script_env() -> dict[str, str]:
     root = str(Path(trainkit.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+def run_script(folder: Path, case: str, *launcher: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *launcher, __file__, str(folder), case],
-        env={**os.environ, "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        env=script_env(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -109,7 +197,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_know_each_other(reports: dict[str, Any]) -> None:
     assert [reports[f"who-{rank}"] for rank in range(2)] == [[2, 0, 0, 2], [2, 1, 1, 2]]
-    assert reports["who"] == {"returned": None, "initialized": False}
+    assert reports["who"]["initialized"] is False
+
+
+@pytest.mark.slow
+def test_d43_what_rank_0_returned_is_returned(reports: dict[str, Any]) -> None:
+    assert reports["who"]["returned"] == [2, 0, 0, 2]
 
 
 @pytest.mark.slow
@@ -130,7 +223,7 @@ def test_a_rank_that_was_told_of_an_error_does_not_hide_whose_it_was(
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_stops_both_before_the_update(reports: dict[str, Any]) -> None:
+def test_d08_a_nan_on_one_rank_stops_both_before_the_update(reports: dict[str, Any]) -> None:
     for rank in range(2):
         report = reports[f"nan-{rank}"]
         assert report["error"].startswith("Iteration 3 on rank 1 is not finite: ")
@@ -163,6 +256,15 @@ def test_metrics_are_means_over_the_ranks_and_data_time_the_largest(
 
 
 @pytest.mark.slow
+def test_d06_ranks_exchange_metrics_only_when_due_and_unpickled(reports: dict[str, Any]) -> None:
+    for rank in range(2):
+        collectives = reports[f"metrics-{rank}"]["collectives"]
+        # Every 4 iterations, and at the end.
+        assert {name for name, _ in collectives} == {"all_gather"}
+        assert {iteration for _, iteration in collectives} == {3, 4}
+
+
+@pytest.mark.slow
 def test_ranks_stop_together_at_the_next_agreement(reports: dict[str, Any]) -> None:
     for rank in range(2):
         # Rank 1 asked in iteration 1; metrics come together every 4 iterations.
@@ -185,9 +287,32 @@ def torchruns_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 
 
 @pytest.mark.slow
-def test_torchrun_is_recognised(torchruns_reports: dict[str, Any]) -> None:
+def test_d43_torchrun_is_recognised(torchruns_reports: dict[str, Any]) -> None:
     assert torchruns_reports["metrics-0"]["rank"] == torchruns_reports["metrics-1"]["rank"]
     assert torchruns_reports["metrics-0"]["rank"][0] == [0.5, 0]
+
+
+@pytest.mark.slow
+def test_d43_processes_of_torchrun_may_form_a_second_group(
+    torchruns_reports: dict[str, Any],
+) -> None:
+    assert [torchruns_reports[f"who-{rank}"] for rank in range(2)] == [[2, 0, 0, 2], [2, 1, 1, 2]]
+
+
+@pytest.mark.slow
+def test_d43_two_tasks_of_srun_know_each_other(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = {**script_env(), **SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    env |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, __file__, str(tmp_path), "task_of_srun"]
+    tasks = [
+        subprocess.Popen(command, env={**env, "SLURM_PROCID": n, "SLURM_LOCALID": n}) for n in "01"
+    ]
+    assert [task.wait(60) for task in tasks] == [0, 0]
+    found = [json.loads((tmp_path / f"who-{rank}.json").read_text()) for rank in range(2)]
+    assert found == [[2, 0, 0, 2], [2, 1, 1, 2]]
 
 
 @pytest.mark.slow
@@ -228,9 +353,10 @@ def report(folder: str, name: str, content: Any) -> None:
     Path(folder, f"{name}.json").write_text(json.dumps(content), "utf-8")
 
 
-def who(folder: str) -> None:
+def who(folder: str) -> list[int]:
     numbers = [comm.get_world_size(), comm.get_rank(), comm.get_local_rank(), comm.get_local_size()]
     report(folder, f"who-{comm.get_rank()}", numbers)
+    return numbers
 
 
 def waiting(folder: str) -> None:
@@ -312,10 +438,39 @@ def missing_hook(folder: str) -> None:
 def metrics(folder: str) -> None:
     trainer = ddp_trainer()
     trainer.cycle = lambda: trainer  # type: ignore[attr-defined]  # as users' code has them
+    noting = NotingCollectives()
+    trainer.register_hooks([noting])
     trainer.train(0, 5)
     names = ("rank", "only 1", "data_time", "loss")
     content = {name: trainer.storage.history(name).values() for name in names}
-    report(folder, f"metrics-{comm.get_rank()}", content)
+    report(folder, f"metrics-{comm.get_rank()}", {**content, "collectives": noting.noted})
+
+
+COLLECTIVES = (
+    *("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast"),
+    *("broadcast_object_list", "gather", "gather_object", "reduce"),
+)
+
+
+class NotingCollectives(HookBase):
+    """Notes which functions of torch.distributed are called in which iteration's step."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[str, int]] = []
+        self._originals: dict[str, Any] = {}
+
+    def before_step(self) -> None:
+        for name in () if self._originals else COLLECTIVES:
+            self._originals[name] = getattr(dist, name)
+            setattr(dist, name, partial(self._note, name))
+
+    def after_train(self) -> None:
+        for name, function in self._originals.items():
+            setattr(dist, name, function)
+
+    def _note(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.noted.append((name, self.trainer.iter))
+        return self._originals[name](*args, **kwargs)
 
 
 def stop(folder: str) -> None:
@@ -353,9 +508,14 @@ TRAINING: list[Callable[[str], None]] = [nan, missing_hook, metrics, stop]
 
 
 def main(folder: str, case: str) -> None:
+    if case == "task_of_srun":
+        launch(who, args=(folder,))
+        return
     if case != "all":
         with exit_codes():
             launch(globals()[case], 2, args=(folder,))
+            if case == "metrics":
+                launch(who, 2, args=(folder,))
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
         report(folder, f"threads-{os.environ['RANK']}", threads)
         return

@@ -1,4 +1,5 @@
 import copy
+import gc
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.engine.losses import (
     TensorCopies,
+    check_all_used,
     micro_batch_weights,
     parse_losses,
-    poisoned_if_not_finite,
+    poisoned,
     reducing_gradients,
     rehearse,
 )
@@ -89,7 +91,7 @@ def test_a_loss_that_is_not_finite_makes_each_gradient_so_even_one_that_would_be
     bad: float,
 ) -> None:
     used, unused = loss(1.0), loss(1.0)
-    poisoned_if_not_finite(used + 0.0 * unused + torch.tensor(bad)).backward()
+    poisoned(used + 0.0 * unused + torch.tensor(bad)).backward()
     assert used.grad is not None
     assert unused.grad is not None
     assert [used.grad.isnan().item(), unused.grad.isnan().item()] == [True, True]
@@ -97,15 +99,15 @@ def test_a_loss_that_is_not_finite_makes_each_gradient_so_even_one_that_would_be
 
 def test_a_finite_loss_stays_as_it_is() -> None:
     finite = loss(2.0)
-    assert poisoned_if_not_finite(finite) is finite
+    assert poisoned(finite) is finite
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_on_a_device_nothing_waits_for_the_loss(fake_cuda: Any, bad: float) -> None:
     fine, broken = fake_cuda(torch.tensor(2.0)), fake_cuda(torch.tensor(bad))
     # Where updates are not judged before they are made, nothing is done either.
-    assert poisoned_if_not_finite(broken) is broken
-    judged = [poisoned_if_not_finite(value, judges_now=True) for value in (fine, broken)]
+    assert poisoned(broken) is broken
+    judged = [poisoned(value, judges_now=True) for value in (fine, broken)]
     assert fake_cuda.num_transfers == 0
     with fake_cuda.transfers_allowed():
         assert judged[0].item() == 2.0
@@ -147,13 +149,18 @@ def test_a_buffer_that_the_model_replaced_is_put_back_too() -> None:
 
 
 @pytest.fixture
-def ddp(tmp_path: Path) -> Iterator[DistributedDataParallel]:
+def make_ddp(tmp_path: Path) -> Iterator[type[DistributedDataParallel]]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
-    yield DistributedDataParallel(Normalized())
+    yield DistributedDataParallel
+    # A model that outlives the group ends gloo's threads, which may wait for the interpreter then.
+    gc.collect()
     dist.destroy_process_group()
 
 
-def test_a_rehearsal_leaves_model_and_generators_as_they_were(ddp: DistributedDataParallel) -> None:
+def test_a_rehearsal_leaves_model_and_generators_as_they_were(
+    make_ddp: type[DistributedDataParallel],
+) -> None:
+    ddp = make_ddp(Normalized())
     before, rng = copy.deepcopy(ddp.state_dict()), torch.get_rng_state()
     rehearsed: list[bool] = []
 
@@ -174,7 +181,39 @@ def test_a_model_of_one_process_needs_no_rehearsal() -> None:
 
 @pytest.mark.parametrize(("is_last", "reduces"), [(True, True), (False, False)])
 def test_only_the_last_micro_batch_reduces_over_ranks(
-    ddp: DistributedDataParallel, is_last: bool, reduces: bool
+    make_ddp: type[DistributedDataParallel], is_last: bool, reduces: bool
 ) -> None:
+    ddp = make_ddp(Normalized())
     with reducing_gradients(ddp, is_last):
         assert ddp.require_backward_grad_sync == reduces
+
+
+class HalfUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.left, self.frozen = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.used(x).sum()
+        return output
+
+
+def test_parameters_without_a_gradient_are_named_before_ddp_waits_for_them(
+    make_ddp: type[DistributedDataParallel],
+) -> None:
+    model = make_ddp(HalfUsed())
+    model(torch.ones(1)).backward()
+    with pytest.raises(
+        ConfigError, match=r"2 parameters got no gradient: left.weight, left.bias\."
+    ):
+        check_all_used(model)
+    looking = make_ddp(HalfUsed(), find_unused_parameters=True)
+    looking(torch.ones(1)).backward()
+    check_all_used(looking)
+
+
+def test_one_process_waits_for_no_gradient() -> None:
+    model = HalfUsed()
+    model(torch.ones(1)).backward()
+    check_all_used(model)

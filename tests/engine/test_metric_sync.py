@@ -87,7 +87,7 @@ def test_both_ranks_get_the_rows_and_stop_codes_of_both(two_ranks: TwoRanks) -> 
     assert two_ranks.num_gathers == 2
 
 
-def test_names_and_iterations_may_differ_between_ranks(two_ranks: TwoRanks) -> None:
+def test_d09_names_and_iterations_may_differ_between_ranks(two_ranks: TwoRanks) -> None:
     for tables, stops in two_ranks.run(lambda rank: exchange(DIFFERENT[rank], 0)):
         assert [{i: row for i, row in table.items() if row} for table in tables] == DIFFERENT
         assert stops == [0, 0]

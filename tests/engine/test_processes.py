@@ -14,7 +14,7 @@ from trainkit.engine import processes
 from trainkit.engine.failures import RankDiedError
 from trainkit.engine.non_finite import NonFiniteError
 from trainkit.engine.preemption import PreemptedExit
-from trainkit.engine.processes import Processes, report_error
+from trainkit.engine.processes import Processes, report_error, report_result
 from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
 from trainkit.utils.stop_signals import SIGNALS
@@ -94,6 +94,15 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it() -> None:
     assert time.monotonic() - start < 1
 
 
+def test_a_result_that_cannot_be_pickled_stays_and_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, theirs = Pipe()
+    report_result(theirs, lambda: None)
+    assert not ours.poll()
+    assert "What this rank returned stays here, as it cannot be pickled: " in caplog.text
+
+
 # From here on with processes, that do what `steps` say for their rank.
 
 
@@ -102,7 +111,9 @@ def act(channel: Connection, rank: int, local_rank: int, folder: Path, steps: li
         for step in steps[rank]:
             if isinstance(step, BaseException):
                 raise step
-            if isinstance(step, str):
+            if isinstance(step, dict):
+                report_result(channel, step or NeedsTwo("width", 3))
+            elif isinstance(step, str):
                 (folder / step).touch()
             else:
                 time.sleep(step)
@@ -124,6 +135,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_without_an_error_all_are_waited_for(run: Callable[..., None], tmp_path: Path) -> None:
     run(["zero"], [1.0, "one"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "zero"]
+
+
+@pytest.mark.slow
+def test_d43_a_result_larger_than_a_pipe_comes_back(run: Callable[..., Any]) -> None:
+    result = {"accuracy": 0.5, "predictions": bytes(1 << 20)}
+    assert run([result], ["one"]) == result
+
+
+@pytest.mark.slow
+def test_a_result_that_cannot_be_made_again_is_none_and_that_is_said(
+    run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run([{}]) is None
+    assert "What rank 0 returned cannot be made again: " in caplog.text
 
 
 @pytest.mark.slow

@@ -63,6 +63,14 @@ BF16 = (
 )
 
 
+AVERAGED = (
+    *("MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.9, "DATASETS.VAL", ("tiny_test",)),
+    *("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2),
+    *("TEST.EARLY_STOPPING.METRIC", "val/total_loss", "TEST.EARLY_STOPPING.PATIENCE", 100),
+)
+FP16 = ("SOLVER.PRECISION", "fp16", "SOLVER.ACCUMULATE", 2)
+
+
 class Variant(NamedTuple):
     world_size: int
     num_workers: int
@@ -74,23 +82,24 @@ class Variant(NamedTuple):
 NO_SEED = Setup(is_seeded=False)
 MEMORY = Setup(has_memory=True)
 # The net has 6 KB of parameters.
-BUCKETS = Setup(ddp=(("bucket_cap_mb", 0.001),))
-VIEWS = Setup(ddp=(*BUCKETS.ddp, ("gradient_as_bucket_view", True)))
-STATIC = Setup(ddp=(("static_graph", True),))
-# So that the first kill leaves a single step.
-SAVING = ("SOLVER.CHECKPOINT_PERIOD", 1)
+BUCKETS = ("DDP.BUCKET_CAP_MB", 0.001)
+VIEWS = (*BUCKETS, "DDP.GRADIENT_AS_BUCKET_VIEW", True)
+# Saves often, so that the first kill leaves a single step.
+STATIC = ("DDP.STATIC_GRAPH", True, "SOLVER.CHECKPOINT_PERIOD", 1)
 VARIANTS = {
     "one rank": Variant(1, 0),
     "one rank, 2 workers": Variant(1, 2),
     "one rank, accumulation, bf16": Variant(1, 0, BF16),
     "one rank, no seed": Variant(1, 0, setup=NO_SEED),
+    "one rank, averages, early stopping": Variant(1, 0, AVERAGED),
+    "two ranks, averages, fp16": Variant(2, 0, AVERAGED + FP16, kills=PLACES[::3]),
     "two ranks, accumulation, bf16": Variant(2, 0, BF16, kills=PLACES[::2]),
     "two ranks, 2 workers, no seed": Variant(2, 2, setup=NO_SEED, kills=PLACES[1::2]),
     "two ranks, buffers of their own": Variant(2, 0, setup=MEMORY, kills=PLACES[1::4]),
-    "three ranks, buckets": Variant(3, 0, setup=BUCKETS),
-    "three ranks, 2 workers, accumulation, bf16": Variant(3, 2, BF16, VIEWS, PLACES[1::2]),
+    "three ranks, buckets": Variant(3, 0, BUCKETS),
+    "three ranks, 2 workers, accumulation, bf16": Variant(3, 2, BF16 + VIEWS, kills=PLACES[1::2]),
     "three ranks, no seed": Variant(3, 0, setup=NO_SEED, kills=PLACES[::4]),
-    "three ranks, static graph": Variant(3, 0, SAVING, STATIC, [("step", 1), *PLACES[::4]]),
+    "three ranks, static graph": Variant(3, 0, STATIC, kills=[("step", 1), *PLACES[::4]]),
 }
 
 

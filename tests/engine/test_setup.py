@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from trainkit.config.config import CfgNode
 from trainkit.config.defaults import get_cfg
+from trainkit.config.lazy import LazyCall, LazyConfig
+from trainkit.config.lazy_files import lazy_dict
 from trainkit.engine.setup import (
     create_ddp_model,
     default_argument_parser,
@@ -83,7 +86,7 @@ def test_setup_seeds(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_deterministic_mode_refuses_what_has_no_deterministic_kernel(
+def test_d45_deterministic_mode_refuses_what_has_no_deterministic_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -132,3 +135,21 @@ def test_without_tensorboard_it_is_said_how_to_get_it(
 def test_one_process_needs_no_ddp(regression: Any) -> None:
     model = regression()
     assert create_ddp_model(model, find_unused_parameters=True) is model
+
+
+def test_a_lazy_config_is_written_down_whole_or_it_is_said_what_is_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = {"output_dir": str(tmp_path), "seed": 3, "mine": 1}
+    cfg = lazy_dict({"train": train, "model": LazyCall(nn.Linear)(in_features=1, out_features=2)})
+    args = default_argument_parser().parse_args([])
+    default_setup(cfg, args)
+    assert torch.initial_seed() == 3
+    assert LazyConfig.load(tmp_path / "config.yaml").model._target_ == "torch.nn.Linear"
+    cfg.train.log_period = -1
+    with pytest.raises(ConfigError, match="LOG_PERIOD is -1"):
+        default_setup(cfg, args)
+    cfg.train.log_period = 5
+    cfg.model.f = lambda: 1
+    default_setup(cfg, args)
+    assert "not the whole config: model.f is <function" in (tmp_path / "log.txt").read_text()

@@ -6,7 +6,7 @@ import torch
 
 from trainkit.engine import step_metrics
 from trainkit.engine.non_finite import NonFiniteError
-from trainkit.engine.step_metrics import StepMetrics, StopRequest
+from trainkit.engine.step_metrics import StepMetrics, StopRequest, write_metrics
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
@@ -187,7 +187,7 @@ def test_of_several_ranks_only_what_all_know_alike_is_judged_at_once(
     assert put(StepMetrics(), EventStorage(), values, torch.tensor(norm)) is known
 
 
-def test_values_of_a_device_stay_there_until_they_are_read(fake_cuda: Any) -> None:
+def test_d06_values_of_a_device_stay_there_until_they_are_read(fake_cuda: Any) -> None:
     metrics, storage = StepMetrics(), EventStorage()
     for iteration in range(20):
         storage.iter = iteration
@@ -224,3 +224,12 @@ def test_a_metric_from_the_cpu_may_stand_beside_losses_of_a_device(fake_cuda: An
     assert fake_cuda.num_transfers == 0
     with fake_cuda.transfers_allowed():
         assert storage.history("total_loss").latest() == 1.0
+
+
+def test_metrics_of_a_step_of_ones_own_are_reduced_and_judged_at_once() -> None:
+    with EventStorage(4) as storage:
+        write_metrics({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 0.01, 4, prefix="val_")
+        assert storage.latest()["val_total_loss"] == (3.0, 4)
+        storage.iter = 5
+        with pytest.raises(NonFiniteError, match="Iteration 5 on rank 0"):
+            write_metrics({"a": torch.tensor(math.nan)}, 0.01, 5)

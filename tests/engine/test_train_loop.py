@@ -103,7 +103,7 @@ def test_only_hooks_whose_before_train_ran_through_are_ended(
     assert trainer.steps == []
 
 
-def test_every_after_train_runs_and_the_first_error_carries_the_others(
+def test_d12_every_after_train_runs_and_the_first_error_carries_the_others(
     loop: Any, recorder: Any
 ) -> None:
     log: list[str] = []

@@ -1,11 +1,13 @@
 """`SimpleTrainer`'s step, and `AMPTrainer`'s."""
 
 import copy
+import inspect
 import logging
 import math
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from trainkit.engine.preemption import PreemptedExit
 from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
 from trainkit.solver.clip import GradientClipper
 from trainkit.utils.errors import CheckpointError, ConfigError
+from trainkit.utils.events.storage import EventStorage
 
 MakeTrainer = Callable[..., SimpleTrainer]
 
@@ -75,7 +78,7 @@ def test_precision_bf16_runs_forward_in_bf16_and_keeps_fp32_weights(simple: Make
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp64"])
+@pytest.mark.parametrize("precision", ["fp64", "half"])
 def test_an_unknown_precision_is_an_error_at_once(simple: MakeTrainer, precision: str) -> None:
     with pytest.raises(ConfigError, match=rf"SOLVER.PRECISION\) is '{precision}'; known: fp32"):
         simple(precision=precision)
@@ -88,11 +91,63 @@ def test_accumulate_below_1_is_an_error(simple: MakeTrainer) -> None:
 
 def test_amp_trainer_takes_a_dtype(simple: MakeTrainer) -> None:
     plain = simple()
-    trainer = AMPTrainer(plain.model, plain.data_loader, plain.optimizer, accumulate=2)
+    own = (plain.model, plain.data_loader, plain.optimizer)
+    trainer = AMPTrainer(*own, precision=torch.bfloat16, accumulate=2)
     assert (trainer.precision, trainer.accumulate) == ("bf16", 2)
     trainer.train(0, 1)
-    with pytest.raises(ConfigError, match=r"is 'torch.float16'.*fp16, which needs a gradient"):
-        AMPTrainer(plain.model, plain.data_loader, plain.optimizer, precision=torch.float16)
+    assert AMPTrainer(*own).precision == "fp16"
+    with pytest.raises(ConfigError, match=r"is torch.float64; known: fp32, bf16, fp16"):
+        AMPTrainer(*own, precision=torch.float64)
+
+
+def test_d02_amp_trainer_takes_and_keeps_every_argument_of_simple_trainer(
+    simple: MakeTrainer,
+) -> None:
+    plain = simple()
+    kept = {
+        "gather_metric_period": 3,
+        "accumulate": 2,
+        "seed": 5,
+        "grad_clipper": GradientClipper("value", 1.0),
+    }
+    without_effect = {"zero_grad_before_forward": False, "async_write_metrics": True}
+    given: dict[str, Any] = {**kept, **without_effect, "non_finite": "skip"}
+    known = set(inspect.signature(SimpleTrainer).parameters)
+    assert known == {*given, "model", "data_loader", "optimizer", "precision"}
+    trainer = AMPTrainer(
+        plain.model, plain.data_loader, plain.optimizer, precision=torch.bfloat16, **given
+    )
+    assert {name: getattr(trainer, name) for name in kept} == kept
+    assert trainer._guard.policy == "skip"
+    trainer.train(0, 2)
+
+
+def test_d05_metrics_are_put_by_no_thread_and_into_the_trainers_own_storage(
+    simple: MakeTrainer,
+) -> None:
+    before, threads = set[threading.Thread](), set[threading.Thread]()
+    # One that a hook forgot to close, or that a thread would find open.
+    other = EventStorage()
+    trainer = simple(async_write_metrics=True)
+
+    def open_other(trainer: SimpleTrainer) -> None:
+        other.__enter__()
+
+    def close_other(trainer: SimpleTrainer) -> None:
+        threads.update(threading.enumerate())
+        other.__exit__(None, None, None)
+
+    watching = CallbackHook(
+        # What waits for signals is there by then.
+        before_train=lambda t: before.update(threading.enumerate()),
+        before_step=open_other,
+        after_step=close_other,
+    )
+    trainer.register_hooks([watching])
+    trainer.train(0, 3)
+    assert threads <= before
+    assert [i for _, i in trainer.storage.history("total_loss").values()] == [0, 1, 2]
+    assert other.histories() == {}
 
 
 def test_move_batch_may_be_overridden(samples: list[Any], simple: MakeTrainer) -> None:
@@ -125,7 +180,7 @@ def test_a_scalar_loss_is_the_total(simple: MakeTrainer, samples: list[Any]) -> 
     assert weight.item() == pytest.approx(0.8)
 
 
-def test_metrics_without_a_gradient_are_put_and_not_trained_on(
+def test_d09_metrics_without_a_gradient_are_put_and_not_trained_on(
     simple: MakeTrainer, regression: Any
 ) -> None:
     class WithMetric(nn.Module):
@@ -354,7 +409,9 @@ def test_a_signal_during_a_fetch_leaves_before_the_step_and_a_resume_is_exact(
     assert same(weights(broken), weights(unbroken))
 
 
-def test_no_state_is_given_out_after_a_bad_step_that_nobody_noticed(simple: MakeTrainer) -> None:
+def test_d03_no_state_is_given_out_after_a_bad_step_that_nobody_noticed(
+    simple: MakeTrainer,
+) -> None:
     trainer = simple()
     trainer.train(0, 2)
     trainer.state_dict()
@@ -433,7 +490,7 @@ def shuffled(samples: list[Any], with_generator: bool) -> DataLoader[Any]:
 @pytest.mark.parametrize("seed", [None, 11])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("cut", [0, 2, 3, 5])
-def test_a_plain_loader_and_dropout_resume_bit_for_bit(
+def test_d15_a_plain_loader_and_dropout_resume_bit_for_bit(
     simple: MakeTrainer,
     regression: Any,
     samples: list[Any],

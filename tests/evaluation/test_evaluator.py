@@ -6,6 +6,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from trainkit.evaluation.evaluator import (
     inference_on_dataset,
 )
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError
+from trainkit.utils.errors import ConfigError, UnknownNameError
 from trainkit.utils.stop_signals import Interruption, StopRequested, stop_signals
 
 
@@ -73,19 +74,82 @@ def test_the_model_runs_over_all_batches_in_evaluation_mode() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_a_loader_without_a_length_will_do() -> None:
+def test_d46_a_loader_without_a_length_will_do() -> None:
     assert inference_on_dataset(Doubler(), iter(batches(3)), SumEvaluator()) == {
         "sum": {"total": 12.0}
     }
 
 
-def test_limit_batches_takes_no_more_from_the_loader() -> None:
+def test_d46_limit_batches_takes_no_more_from_the_loader() -> None:
     endless = itertools.repeat(torch.ones(1))
     results = inference_on_dataset(Doubler(), endless, SumEvaluator(), limit_batches=3)
     assert results == {"sum": {"total": 6.0}}
     rest = iter(batches(5))
     inference_on_dataset(Doubler(), rest, SumEvaluator(), limit_batches=2)
     assert next(rest)[0].item() == 2.0
+
+
+def test_d46_the_caller_may_autocast() -> None:
+    class Keeping(SumEvaluator):
+        def process(self, inputs: Any, outputs: Any) -> None:
+            self.dtype = outputs.dtype
+
+    evaluator = Keeping()
+    with torch.autocast("cpu", torch.bfloat16):
+        inference_on_dataset(nn.Linear(2, 1), batches(1), evaluator)
+    assert evaluator.dtype == torch.bfloat16
+
+
+def test_d46_nothing_waits_for_the_device(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice(Doubler):
+        def forward(self, x: Any) -> torch.Tensor:
+            return fake_cuda(super().forward(x).detach()) + 1  # type: ignore[no-any-return]  # a tensor
+
+    class Keeping(SumEvaluator):
+        def process(self, inputs: Any, outputs: Any) -> None:
+            self.inputs.append(outputs)
+
+    def synchronize(*args: Any) -> None:
+        raise AssertionError("waits for the device")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    evaluator = Keeping()
+    inference_on_dataset(OnDevice(), batches(3), evaluator)
+    assert (len(evaluator.inputs), fake_cuda.num_transfers) == (3, 0)
+
+
+def test_callbacks_are_called_in_their_places() -> None:
+    told: list[str] = []
+
+    class Telling(Doubler):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            told.append(f"model {self.training}")
+            return super().forward(x)
+
+    class Evaluator(SumEvaluator):
+        def process(self, inputs: Any, outputs: Any) -> None:
+            told.append("process")
+
+        def evaluate(self) -> dict[str, Any]:
+            told.append("evaluate")
+            return {}
+
+    names = ("on_start", "before_inference", "after_inference", "on_end")
+    callbacks = {name: partial(told.append, name) for name in names}
+    inference_on_dataset(Telling(), batches(2), Evaluator(), callbacks)
+    batch = ["before_inference", "model False", "after_inference", "process"]
+    assert told == ["on_start", *batch, *batch, "on_end", "evaluate"]
+    told.clear()
+    inference_on_dataset(Doubler(), batches(2), None, callbacks={"on_end": callbacks["on_end"]})
+    assert told == ["on_end"]
+
+
+def test_an_unknown_callback_is_refused_before_anything_runs() -> None:
+    model = Doubler()
+    with pytest.raises(UnknownNameError, match=r"callback 'on_stop'\. Did you mean 'on_start'"):
+        inference_on_dataset(model, batches(1), None, {"on_stop": list})
+    assert model.modes == []
 
 
 def test_without_an_evaluator_the_model_runs_and_nothing_comes_back() -> None:
@@ -142,7 +206,7 @@ def test_move_batch_decides_what_model_and_evaluator_see() -> None:
     assert evaluator.total == 6.0
 
 
-def test_each_module_gets_its_own_mode_back_even_after_an_error() -> None:
+def test_d36_each_module_gets_its_own_mode_back_even_after_an_error() -> None:
     model = Doubler()
     with inference_context(model):
         assert not model.training

@@ -36,7 +36,7 @@ def test_expected_results_pass_within_their_tolerance() -> None:
     verify_results(expecting(), {})
 
 
-def test_every_difference_is_named() -> None:
+def test_d30_every_difference_is_named_by_an_error_that_does_not_exit() -> None:
     cfg = expecting(
         ["classification", "top1", 0.8, 0.05],
         ["classification", "top5", 0.99, 0.0],

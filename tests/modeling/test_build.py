@@ -3,6 +3,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from trainkit.config.configurable import configurable
 from trainkit.modeling.backbone.resnet import SmallResNet
 from trainkit.modeling.build import (
     BACKBONE_REGISTRY,
@@ -26,6 +27,25 @@ class ModelWhoseFromConfigGivesArguments(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, int]:
         return {"num_classes": cfg.MODEL.NUM_CLASSES}
+
+
+@META_ARCH_REGISTRY.register()
+class ConfigurableModel(nn.Module):
+    @configurable
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, width)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, int]:
+        return {"width": cfg.MODEL.NUM_CLASSES}
+
+
+def test_a_configurable_model_is_built_from_its_config(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "ConfigurableModel"
+    model = build_model(cfg)
+    assert isinstance(model, ConfigurableModel)
+    assert model.linear.out_features == cfg.MODEL.NUM_CLASSES
 
 
 def test_channels_last_is_set_on_the_weights(cfg: CfgNode) -> None:

@@ -2,10 +2,15 @@ import math
 
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 from torch import nn
 
-from trainkit.solver.clip import GradientClipper, build_grad_clipper, total_grad_norm
+from trainkit.config.config import CfgNode
+from trainkit.solver.clip import (
+    GradientClipper,
+    build_grad_clipper,
+    maybe_add_gradient_clipping,
+    total_grad_norm,
+)
 from trainkit.utils.errors import ConfigError, UnknownNameError
 
 
@@ -30,7 +35,7 @@ def test_total_norm_is_that_of_one_long_vector() -> None:
     assert total_grad_norm(params, math.inf).item() == 12.0
 
 
-def test_full_model_scales_all_gradients_by_one_factor() -> None:
+def test_d41_full_model_scales_all_gradients_by_one_factor() -> None:
     params = parameters([3.0, 4.0], [12.0])
     assert GradientClipper("full_model", 1.3)(params).item() == pytest.approx(13.0)
     assert grads(params)[0] == pytest.approx([0.3, 0.4])
@@ -125,3 +130,63 @@ def test_clipping_does_not_wait_for_the_device(clip_type: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert norm.item() == pytest.approx(math.sqrt(12))
+
+
+@pytest.fixture
+def clip_cfg(cfg: CfgNode) -> CfgNode:
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    return cfg
+
+
+def test_d41_an_optimizer_with_clipping_clips_the_norm_of_the_whole_model(
+    clip_cfg: CfgNode,
+) -> None:
+    (a, b) = parameters([3.0, 4.0], [12.0])
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
+    assert maybe_add_gradient_clipping(clip_cfg, optimizer) is optimizer
+    optimizer.step()
+    assert torch.cat([a, b]).tolist() == pytest.approx([-3 / 13, -4 / 13, -12 / 13])
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.LBFGS])
+def test_d41_a_class_with_clipping_keeps_what_step_returns(
+    clip_cfg: CfgNode, optimizer_class: type[torch.optim.Optimizer]
+) -> None:
+    clipping: type[torch.optim.Optimizer] = maybe_add_gradient_clipping(clip_cfg, optimizer_class)
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = clipping([weight], lr=1.0)  # type: ignore[call-arg]  # of the base class
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert isinstance(optimizer, optimizer_class)
+    assert optimizer.step(closure) == 25.0
+    # The gradient that the closure computed, (6, 8), was clipped to a norm of 1.
+    if optimizer_class is torch.optim.SGD:
+        assert weight.tolist() == pytest.approx([2.4, 3.2])
+
+
+def test_d41_a_class_with_clipping_can_be_subclassed(clip_cfg: CfgNode) -> None:
+    class Counting(maybe_add_gradient_clipping(clip_cfg, torch.optim.SGD)):  # type: ignore[misc]
+        count = 0
+
+        def step(self, closure: None = None) -> None:
+            self.count += 1
+            super().step(closure)
+
+    (weight,) = parameters([3.0, 4.0])
+    optimizer = Counting([weight], lr=1.0)
+    optimizer.step()
+    assert optimizer.count == 1
+    # Both steps clip, and the second time finds a norm of 1.
+    assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5)
+
+
+def test_without_clipping_optimizers_stay_as_they_are(cfg: CfgNode) -> None:
+    assert maybe_add_gradient_clipping(cfg, torch.optim.SGD) is torch.optim.SGD
+    optimizer = torch.optim.SGD(parameters([3.0]), lr=1.0)
+    maybe_add_gradient_clipping(cfg, optimizer).step()
+    assert optimizer.param_groups[0]["params"][0].item() == -3.0

@@ -58,6 +58,13 @@ def last_metrics(output_dir: Path) -> set[str]:
     return set(json.loads((output_dir / "metrics.json").read_text().splitlines()[-1]))
 
 
+def written(output_dir: Path) -> list[list[float]]:
+    """What metrics.json says of losses and rate."""
+    lines = map(json.loads, (output_dir / "metrics.json").read_text().splitlines())
+    names = ("iteration", "loss_cls", "total_loss", "lr")
+    return [[line[name] for name in names] for line in lines if "loss_cls" in line]
+
+
 def arguments(output_dir: Path, *more: Any) -> Any:
     config = TOOLS.parent / "configs" / "fashion_mnist.yaml"
     settings = ["OUTPUT_DIR", output_dir, "SOLVER.MAX_ITER", 12, "SOLVER.WARMUP_ITERS", 4]
@@ -69,7 +76,7 @@ def arguments(output_dir: Path, *more: Any) -> Any:
     return default_argument_parser().parse_args([str(word) for word in words])
 
 
-def test_the_flat_loop_computes_the_losses_of_the_trainer(
+def test_d31_the_flat_loop_computes_the_losses_of_the_trainer(
     tmp_path: Path, losses: list[float]
 ) -> None:
     load_tool("plain_train_net").main(arguments(tmp_path / "plain"))
@@ -83,6 +90,7 @@ def test_the_flat_loop_computes_the_losses_of_the_trainer(
         for name in ("plain", "trainer")
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert written(tmp_path / "plain") == written(tmp_path / "trainer")
 
 
 def test_the_flat_loop_resumes_at_the_next_step(tmp_path: Path, losses: list[float]) -> None:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import time
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 import trainkit
-from trainkit.utils.collect_env import collect_env_info
+from trainkit.utils import collect_env
+from trainkit.utils.collect_env import check_devices, collect_env_info, main
 
 
 def facts(text: str) -> dict[str, str]:
@@ -42,8 +44,45 @@ def test_collecting_takes_no_noticeable_time() -> None:
     assert time.perf_counter() - start < 0.05
 
 
+def test_table_names_what_ranks_can_talk_by() -> None:
+    expected = [name for name in ("gloo", "nccl") if torch.distributed.is_backend_available(name)]
+    assert facts(collect_env_info())["distributed"].split(", ")[: len(expected)] == expected
+    assert "gloo" in expected
+
+
+def test_every_device_multiplies() -> None:
+    checks = dict(check_devices())
+    assert checks["cpu"] == "works"
+    assert len(checks) == 1 + torch.accelerator.device_count()
+
+
+def test_a_device_that_fails_or_is_wrong_is_named_and_gives_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == 0
+    # CPU tensors on "meta" cannot be read, as those of a broken device.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("meta:0  fails: ") for line in lines)
+    monkeypatch.setattr(torch, "ones", torch.zeros)
+    assert collect_env._check("cpu") == "computes wrong: 0.0 instead of 262144"
+
+
+def test_help_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"])
+    assert raised.value.code == 0
+    usage = " ".join(capsys.readouterr().out.split())
+    assert usage.startswith("usage: python -m trainkit.utils.collect_env")
+    assert "multiplies small matrices on every device" in usage
+
+
 @pytest.mark.slow
-def test_module_prints_the_table() -> None:
+def test_module_prints_the_table_and_what_each_device_did() -> None:
     command = [sys.executable, "-m", "trainkit.utils.collect_env"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"torch            {torch.__version__}" in output
+    assert torch.__config__.show() in output
+    assert re.search(r"^cpu +works$", output, re.MULTILINE)

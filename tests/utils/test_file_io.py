@@ -8,7 +8,14 @@ import pytest
 
 from tests.web import Web, serving
 from trainkit.utils.errors import ConfigError
-from trainkit.utils.file_io import PathManager, leads_out, publish, sync_folder, write_atomically
+from trainkit.utils.file_io import (
+    PathHandler,
+    PathManager,
+    leads_out,
+    publish,
+    sync_folder,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -24,7 +31,9 @@ def test_path_manager_reads_local_files(tmp_path: Path) -> None:
         assert file.read() == "grün"
 
 
-def test_a_file_from_the_web_is_fetched_once_by_its_hash(web: Web, tmp_path: Path) -> None:
+def test_d49_a_file_from_the_web_is_fetched_once_by_its_hash_and_anew_when_forced(
+    web: Web, tmp_path: Path
+) -> None:
     address = web.with_hash("x.pth")
     url, _, digest = address.partition("#sha256=")
     local = PathManager.get_local_path(address)
@@ -77,7 +86,7 @@ def test_a_cached_file_that_has_changed_is_fetched_once_more(web: Web, tmp_path:
     assert not local.exists()
 
 
-def test_files_of_one_name_do_not_replace_each_other(web: Web) -> None:
+def test_d49_files_of_one_name_do_not_replace_each_other(web: Web) -> None:
     old = web.with_hash("x.pth")
     local = PathManager.get_local_path(old)
     (web.folder / "x.pth").write_text("other weights")
@@ -93,6 +102,40 @@ def test_f23_an_address_cannot_lead_out_of_the_cache(web: Web, tmp_path: Path, p
         PathManager.get_local_path(f"{web.address}/{path}#sha256={'0' * 64}")
     assert {p for p in tmp_path.rglob("*") if "cache" not in p.parts} == before
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
+
+
+def test_d49_rm_and_mkdirs_follow_set_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    PathManager.set_cwd(str(tmp_path / "there"))
+    try:
+        PathManager.mkdirs("a/b")
+        with PathManager.open("a/b/x.txt", "w") as file:
+            file.write("x")
+        assert (tmp_path / "there/a/b/x.txt").read_text() == "x"
+        PathManager.rm("a/b/x.txt")
+        assert PathManager.ls("a/b") == []
+    finally:
+        PathManager.set_cwd(None)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_handler_of_ones_own_serves_its_prefix(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("x")
+
+    class Handler(PathHandler):  # type: ignore[misc]  # iopath has no types
+        def _get_supported_prefixes(self) -> list[str]:
+            return ["store://"]
+
+        def _get_local_path(self, path: str, force: bool = False, **kwargs: object) -> str:
+            return str(tmp_path / path.removeprefix("store://"))
+
+    PathManager.register_handler(Handler())
+    try:
+        assert Path(PathManager.get_local_path("store://x.txt")).read_text() == "x"
+    finally:
+        del PathManager._path_handlers["store://"]
 
 
 def test_a_link_is_told_from_what_lies_in_its_folder(tmp_path: Path) -> None:
@@ -127,7 +170,7 @@ def test_f23_write_atomically_follows_no_link(tmp_path: Path) -> None:
     assert not (tmp_path / "a.json").is_symlink()
 
 
-def test_write_atomically_replaces_a_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_d49_write_atomically_replaces_a_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("old, and much longer", encoding="utf-8")
     write_atomically(path, "ü")

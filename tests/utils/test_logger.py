@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from trainkit.utils.logger import log_every_n, log_first_n, setup_logger
+from trainkit.utils.logger import (
+    create_small_table,
+    log_every_n,
+    log_every_n_seconds,
+    log_first_n,
+    setup_logger,
+)
 
 
 def read(path: Path) -> str:
@@ -72,7 +78,7 @@ def test_other_ranks_print_nothing_and_write_their_own_file(
 
 @pytest.mark.parametrize("as_string", [False, True])
 @pytest.mark.parametrize("name", ["run.log", "run.txt"])
-def test_a_path_that_names_a_file_is_used_as_it_is(
+def test_d48_a_path_that_names_a_file_is_used_as_it_is(
     tmp_path: Path, name: str, as_string: bool
 ) -> None:
     output = tmp_path / "deep" / name
@@ -80,10 +86,43 @@ def test_a_path_that_names_a_file_is_used_as_it_is(
     assert "]: x" in read(output)
 
 
-def test_the_file_is_utf8_and_appended_to(tmp_path: Path) -> None:
-    setup_logger(tmp_path).info("first, grün")
+def test_d48_the_file_is_utf8_and_appended_to(tmp_path: Path) -> None:
+    logger = setup_logger(tmp_path)
+    logger.info("first, grün")
+    # Also where the machine's own encoding is another one.
+    assert [h.encoding for h in logger.handlers if isinstance(h, logging.FileHandler)] == ["utf-8"]
     setup_logger(tmp_path).info("second")
     assert re.findall(r"\]: (.*)", read(tmp_path / "log.txt")) == ["first, grün", "second"]
+
+
+def test_d48_a_users_package_is_logged_beside_trainkit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = setup_logger(tmp_path, name="my_project", abbrev_name="mine")
+    try:
+        setup_logger(tmp_path)
+        logging.getLogger("my_project.data").info("of the project")
+        logging.getLogger("trainkit.engine").info("of the library")
+        for text in (read(tmp_path / "log.txt"), capsys.readouterr().out):
+            assert re.findall(r"(\S+)\]: (.*)", text) == [
+                ("mine.data", "of the project"),
+                ("trainkit.engine", "of the library"),
+            ]
+    finally:
+        for handler in list(own.handlers):
+            own.removeHandler(handler)
+            handler.close()
+
+
+def test_a_logger_can_be_silent_and_leave_printing_to_the_root_logger(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    setup_logger(tmp_path, configure_stdout=False).info("first")
+    assert capsys.readouterr().out == ""
+    assert "first" in read(tmp_path / "log.txt")
+    assert caplog.messages == []
+    setup_logger(tmp_path, configure_stdout=False, enable_propagation=True).info("second")
+    assert caplog.messages == ["second"]
 
 
 def test_a_second_call_returns_the_same_logger_and_doubles_nothing(
@@ -143,8 +182,29 @@ def test_log_every_n_logs_the_first_of_each_n(caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == ["0", "3", "6"]
 
 
+def test_log_every_n_seconds_counts_by_the_line_that_calls(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for now in (0.0, 1.0, 9.9, 10.0, 19.0, 35.0):
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        log_every_n_seconds(logging.WARNING, f"here {now:g}", n=10)
+        if now == 9.9:
+            log_every_n_seconds(logging.WARNING, "there", n=10)
+    assert caplog.messages == ["here 0", "there", "here 10", "here 35"]
+
+
+def test_small_table_has_the_names_above_the_values() -> None:
+    lines = create_small_table({"top1": 0.91044, "name": "x"}).splitlines()
+    assert [lines[0].split(), lines[2].split()] == [
+        ["|", "top1", "|", "name", "|"],
+        ["|", "0.910", "|", "x", "|"],
+    ]
+    assert create_small_table({}) == ""
+
+
 def test_record_belongs_to_the_calling_module_and_line(caplog: pytest.LogCaptureFixture) -> None:
     log_first_n(logging.WARNING, "x")
     log_every_n(logging.WARNING, "y", name="trainkit.elsewhere")
-    assert [record.name for record in caplog.records] == [__name__, "trainkit.elsewhere"]
+    log_every_n_seconds(logging.WARNING, "z", name="trainkit.elsewhere")
+    assert [r.name for r in caplog.records] == [__name__, *["trainkit.elsewhere"] * 2]
     assert {record.filename for record in caplog.records} == {"test_logger.py"}

@@ -6,8 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from http.client import HTTPException
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,36 +23,19 @@ from trainkit.checkpoint.format import (
 )
 from trainkit.checkpoint.manifest import Fact, Manifest, read_manifest
 from trainkit.checkpoint.matching import (
-    align_names,
-    differences,
+    check_has_all,
+    check_is_same,
+    explaining_misfit,
     find_weights,
     list_incompatible,
     load_what_fits,
+    split_options,
     tabulate_differences,
     unwrap,
 )
 from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointError
 from trainkit.utils.file_io import PathManager, leads_out, write_atomically
-
-_TRANSFER = (
-    "To take over the weights that fit, set MODEL.WEIGHTS to the file and start without --resume, "
-    "or in another OUTPUT_DIR."
-)
-
-
-@contextlib.contextmanager
-def _naming(what: str, path: str) -> Iterator[None]:
-    """Turns whatever a state that does not fit makes fail into what a user can mend."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as e:
-        raise CheckpointError(
-            f"Cannot restore {what} from {path}: {type(e).__name__}: {e}. It was saved by another "
-            f"configuration. {_TRANSFER}"
-        ) from e
 
 
 class Checkpointer(_Checkpointer):
@@ -65,7 +47,7 @@ class Checkpointer(_Checkpointer):
     Args:
         model: Unwrapped from DistributedDataParallel, DataParallel and torch.compile.
         save_dir: Folder of the checkpoints, made when it is needed; "" saves nothing.
-        save_to_disk: Whether to save at all; rank 0's counts.
+        save_to_disk: Whether to save at all, as by default; rank 0's counts.
         trust_pickle: Whether code in a file that `load` is given may run; in what is resumed from
             it never does.
         checkpointables: Objects with `state_dict` and `load_state_dict`, by name.
@@ -81,12 +63,13 @@ class Checkpointer(_Checkpointer):
         model: nn.Module,
         save_dir: str | os.PathLike[str] = "",
         *,
-        save_to_disk: bool = True,
+        save_to_disk: bool | None = None,
         trust_pickle: bool = False,
         **checkpointables: Any,
     ) -> None:
+        is_saving = save_to_disk is not False
         super().__init__(
-            unwrap(model), os.fspath(save_dir), save_to_disk=save_to_disk, **checkpointables
+            unwrap(model), os.fspath(save_dir), save_to_disk=is_saving, **checkpointables
         )
         self.logger = logging.getLogger(__name__)
         self.path_manager = PathManager
@@ -95,6 +78,19 @@ class Checkpointer(_Checkpointer):
         self._saved: tuple[object, ...] = ()
         self._trust_pickle = trust_pickle
         self._may_run_code = False
+
+    def add_checkpointable(self, key: str, checkpointable: Any) -> None:
+        """Adds an object with a `state_dict`, under a name not yet in use."""
+        if key in ("model", *self.checkpointables):
+            raise KeyError(
+                f"The checkpointer already saves something as {key!r}; name it otherwise."
+            )
+        if not hasattr(checkpointable, "state_dict"):
+            raise TypeError(
+                f"What is to be saved as {key!r} is a {type(checkpointable).__name__}, which needs "
+                "the methods state_dict() and load_state_dict(state)."
+            )
+        self.checkpointables[key] = checkpointable
 
     def save(self, name: str, **extra: Any) -> None:
         """Saves model, checkpointables and extra data as `{name}.pth`, and points to it.
@@ -116,36 +112,57 @@ class Checkpointer(_Checkpointer):
         Returns:
             Whether a file was written.
         """
-        if not comm.broadcast(bool(self.save_dir) and self.save_to_disk):
+        if not self._is_saving(name):
             return False
-        if os.path.basename(name) != name or not name:
-            raise ValueError(f"The checkpoint's name is {name!r}; give a file name, not a path.")
         parts = {"model": self.model, **self.checkpointables}
         # One by one: a part may communicate.
         data = {name: comm.together(part.state_dict) for name, part in parts.items()} | extra
-        comm.on_main(lambda: self._write(name, data))
+        comm.on_main(lambda: self._write(name, data, self.facts))
         return True
 
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+    def save_weights(
+        self, name: str, state_dict: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
+        """Saves weights alone, a small file that `load` and `torch.load` read but no resume takes.
+
+        Args:
+            name: Of the file, without ".pth".
+            state_dict: Returns the weights, such as averaged ones; the model's own by default.
+        """
+        if self._is_saving(name):
+            weights = comm.together(state_dict or self.model.state_dict)
+            comm.on_main(lambda: self._write(name, weights, {run_folder.WEIGHTS_ONLY: True}))
+
+    def load(
+        self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False
+    ) -> dict[str, Any]:
         """Loads what fits into the model, and the checkpointables, from one file.
 
         Args:
             path: Path or address of the file, on the web with its SHA-256, as in
-                `https://host/x.pth#sha256=…`; "" loads nothing.
+                `https://host/x.pth#sha256=…`; "" loads nothing. With `?matching_heuristics=True`
+                behind it, entries whose names only end alike are loaded too (`match_suffixes`),
+                and `?strict=True` stands for `strict`.
             checkpointables: Names of those to load; None loads all, [] the model only.
+            strict: Whether it is an error if the model and the file differ in a name or a shape.
 
         Returns:
             What else the file holds.
 
         Raises:
-            CheckpointError: If the file is missing, damaged, would run code, or nothing in it fits.
+            CheckpointError: If the file is missing, damaged, would run code, or nothing in it fits;
+                or if `strict` is violated, and then what fits is loaded.
         """
+        path, options = split_options(os.fspath(path))
         if not path:
             self.logger.info("No checkpoint given: the model starts from its initialization")
             return {}
         self.logger.info("Loading from %s", path)
         names = self.checkpointables if checkpointables is None else checkpointables
-        return self._restore(self._read(path), path, names)
+        checkpoint = self._read(path)
+        if "matching_heuristics" in options:
+            checkpoint["matching_heuristics"] = True
+        return self._restore(checkpoint, path, names, strict or "strict" in options)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Goes on from the newest valid checkpoint, or loads the model's weights from `path`.
@@ -236,7 +253,14 @@ class Checkpointer(_Checkpointer):
             marker = Path(self.save_dir, run_folder.FINISHED)
             comm.on_main(lambda: marker.unlink(missing_ok=True) if self.save_to_disk else None)
 
-    def _write(self, name: str, data: dict[str, Any]) -> None:
+    def _is_saving(self, name: str) -> bool:
+        if not comm.broadcast(bool(self.save_dir) and self.save_to_disk):
+            return False
+        if os.path.basename(name) != name or not name:
+            raise ValueError(f"The checkpoint's name is {name!r}; give a file name, not a path.")
+        return True
+
+    def _write(self, name: str, data: Mapping[str, Any], facts: Mapping[str, Fact]) -> None:
         folder = Path(self.save_dir)
         path = folder / f"{name}.pth"
         iteration = data.get("iteration")
@@ -249,7 +273,7 @@ class Checkpointer(_Checkpointer):
                 path,
                 iteration=iteration if isinstance(iteration, int) else None,
                 world_size=comm.get_world_size(),
-                facts=self.facts,
+                facts=facts,
                 after_ns=run_folder.newest_time_ns(folder),
             )
             num_bytes, self._saved = path.stat().st_size, run_folder.signature(path)
@@ -279,14 +303,14 @@ class Checkpointer(_Checkpointer):
         for path in candidates:
             try:
                 checkpoint = self._read(path, is_own=True)
-                self._check_is_of_run(checkpoint, path)
+                check_has_all(checkpoint, path, self.checkpointables)
             except CheckpointError as e:
                 # Its text only: a handler that keeps records would keep the frames of the error.
                 fault = str(e)
                 self.logger.warning("SKIPPING A CHECKPOINT. %s", fault)
                 faults.append(f"  {fault}")
                 continue
-            self._check_model(checkpoint["model"], path)
+            check_is_same(checkpoint["model"], path, self.model)
             self.logger.info("Resuming from %s", path)
             return self._restore(checkpoint, path, self.checkpointables)
         raise CheckpointError(
@@ -300,27 +324,16 @@ class Checkpointer(_Checkpointer):
         self._may_run_code = self._trust_pickle and not is_own
 
         def read() -> tuple[dict[str, Any], Manifest | None]:
-            local = self._local_path(path)
+            local = run_folder.local_file(path, self.path_manager)
             if is_own and leads_out(local):
                 raise CheckpointError(f"{path} was refused: {run_folder.find_fault(Path(local))}.")
             return find_weights(self._load_file(local), path), read_manifest(local)
 
-        checkpoint, self.loaded_manifest = comm.together(read)
+        # A disk that only rank 0 sees: it sends the others what it reads.
+        is_seen = comm.all_gather(os.path.isfile(path))
+        everywhere = comm.on_main if is_seen[0] and not all(is_seen) else comm.together
+        checkpoint, self.loaded_manifest = everywhere(read)
         return checkpoint
-
-    def _local_path(self, path: str) -> str:
-        local = os.fspath(path)
-        if not os.path.isfile(local):
-            try:
-                local = self.path_manager.get_local_path(path)
-            except (OSError, ValueError, HTTPException) as e:
-                raise CheckpointError(
-                    f"Cannot fetch checkpoint {path!r}: {e}. Check the address and the network, or "
-                    "download the file and give its path."
-                ) from e
-        if not os.path.isfile(local):
-            raise CheckpointError(run_folder.describe_missing(path))
-        return local
 
     def _load_file(self, f: str) -> dict[str, Any]:
         """Verifies and loads a local file; a subclass may read other formats.
@@ -332,53 +345,50 @@ class Checkpointer(_Checkpointer):
             return load_safetensors(f)
         return cast(dict[str, Any], load_checkpoint(f, trust_pickle=self._may_run_code))
 
-    def _check_is_of_run(self, checkpoint: dict[str, Any], path: str) -> None:
-        missing = [name for name in self.checkpointables if name not in checkpoint]
-        if missing:
-            raise CheckpointError(
-                f"{path} holds no state of {', '.join(missing)}, so the run cannot go on from it. "
-                f"{_TRANSFER}"
-            )
-
-    def _check_model(self, state: dict[str, Any], path: str) -> None:
-        own = self.model.state_dict()
-        align_names(state, own)
-        found = differences(state, own)
-        if found:
-            raise CheckpointError(
-                f"{path} is of another model, so the run cannot go on from it, and nothing was "
-                f"loaded:\n{tabulate_differences(found)}\nTo go on with that run, use its config. "
-                f"{_TRANSFER}"
-            )
-
     def _restore(
-        self, checkpoint: dict[str, Any], path: str, names: Iterable[str]
+        self, checkpoint: dict[str, Any], path: str, names: Iterable[str], strict: bool = False
     ) -> dict[str, Any]:
-        with _naming("the model", path):
+        with explaining_misfit("the model", path):
             incompatible = self._load_model(checkpoint)
         # Subclasses written for fvcore may return nothing.
         if incompatible is not None:
+            found = list_incompatible(self.model, incompatible)
+            if strict and found:
+                raise CheckpointError(
+                    f"{path} and the model differ, which strict loading refuses:\n"
+                    f"{tabulate_differences(found)}\nTo take over what fits, load without strict."
+                )
             self._log_incompatible_keys(incompatible)
         for name in names:
             if name not in checkpoint:
                 self.logger.warning("%s has no state of %s, which stays as it is", path, name)
                 continue
-            with _naming(name, path):
+            with explaining_misfit(name, path):
                 self.checkpointables[name].load_state_dict(checkpoint.pop(name))
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         """Loads what fits; a subclass may change `checkpoint["model"]` first.
 
+        Entry "matching_heuristics", which files of detectron2's model zoo have, see `load`.
+
         Raises:
             CheckpointError: If nothing fits; the model is untouched then.
         """
-        return load_what_fits(self.model, checkpoint.pop("model"))
+        heuristics = checkpoint.pop("matching_heuristics", False) is True
+        return load_what_fits(self.model, checkpoint.pop("model"), heuristics)
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """Reports what was not loaded, in one warning."""
         found = list_incompatible(self.model, incompatible)
+        total = len(self.model.state_dict())
+        taken = total - len(incompatible.missing_keys) - len(incompatible.incorrect_shapes)
+        self.logger.info("Loaded %d of the model's %d entries", taken, total)
         if found:
             self.logger.warning(
                 "What fits the model was loaded. The rest was not:\n%s", tabulate_differences(found)
             )
+
+
+DetectionCheckpointer = Checkpointer
+"""The same under detectron2's name."""

@@ -3,15 +3,19 @@
 import json
 import logging
 import os
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from trainkit.checkpoint.format import temporary_path, verify
 from trainkit.checkpoint.manifest import DamagedError, read_end, read_manifest
-from trainkit.utils.errors import nearest_name
+from trainkit.utils.errors import CheckpointError, nearest_name
 from trainkit.utils.file_io import leads_out
 
 POINTER = "last_checkpoint"
 FINISHED = "finished.json"
+WEIGHTS_ONLY = "weights_only"
+"""Fact in the manifest of a file that is no checkpoint to resume from."""
 
 _MAX_BYTES = 4096
 
@@ -78,6 +82,26 @@ def read_finished(folder: Path) -> int | None:
     return iteration
 
 
+def local_file(path: str, path_manager: Any) -> str:
+    """Returns the local path of a checkpoint, which iopath's path manager fetches if need be.
+
+    Raises:
+        CheckpointError: If it cannot be fetched, or there is none.
+    """
+    local = path
+    if not os.path.isfile(local):
+        try:
+            local = path_manager.get_local_path(path)
+        except (OSError, ValueError, HTTPException) as e:
+            raise CheckpointError(
+                f"Cannot fetch checkpoint {path!r}: {e}. Check the address and the network, or "
+                "download the file and give its path."
+            ) from e
+    if not os.path.isfile(local):
+        raise CheckpointError(describe_missing(path))
+    return local
+
+
 def describe_missing(path: str) -> str:
     """Returns what to tell a user who named a checkpoint that is not there."""
     folder, name = Path(path).parent, Path(path).name
@@ -116,6 +140,8 @@ def _rank(path: Path, is_tagged: bool) -> tuple[bool, bool, int] | None:
         return True, False, changed_at
     if manifest is None:
         return False, is_tagged, changed_at
+    if manifest.facts.get(WEIGHTS_ONLY):
+        return None
     return True, False, manifest.saved_at_ns
 
 

@@ -1,6 +1,9 @@
-"""Weights into a model: which entries belong together, and a table of those that do not."""
+"""Weights into a model, and a table of those that do not fit."""
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -11,12 +14,16 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from trainkit.checkpoint.names import align_names, match_suffixes
 from trainkit.utils.errors import CheckpointError
 
 ABSENT = "absent"
 
 _MAX_ROWS = 10
-_COMPILED, _WRAPPED = "_orig_mod.", "module."
+_TRANSFER = (
+    "To take over the weights that fit, set MODEL.WEIGHTS to the file and start without --resume, "
+    "or in another OUTPUT_DIR."
+)
 
 
 class Difference(NamedTuple):
@@ -39,19 +46,27 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def split_options(path: str) -> tuple[str, list[str]]:
+    """Takes options off the end of a path, as in `a.pth?matching_heuristics=True&strict=True`."""
+    end = re.search(r"([?&](matching_heuristics|strict)=True)+(?=#|$)", path)
+    if end is None:
+        return path, []
+    return path[: end.start()] + path[end.end() :], re.findall(r"\w+(?==)", end[0])
+
+
 def find_weights(data: Any, path: str) -> dict[str, Any]:
     """Returns what a file holds, with the model's weights as its entry "model".
 
     Args:
-        data: A dict with "model", as trainkit, fvcore and detectron2 save; one with "state_dict";
-            or weights alone.
+        data: A dict with "model", as trainkit, fvcore and detectron2 save; with "state_dict", or
+            "model_state", as in detectron2's .pyth files; or weights alone.
         path: Names the file in errors.
 
     Raises:
         CheckpointError: If it is none of these.
     """
     if isinstance(data, dict):
-        for key in ("model", "state_dict"):
+        for key in ("model", "state_dict", "model_state"):
             if _is_state_dict(data.get(key)):
                 return {**{k: v for k, v in data.items() if k != key}, "model": data[key]}
         is_weights = all(isinstance(v, (torch.Tensor, np.ndarray)) for v in data.values())
@@ -64,37 +79,15 @@ def find_weights(data: Any, path: str) -> dict[str, Any]:
     )
 
 
-def align_names(state: MutableMapping[str, Any], model_state: Iterable[str]) -> None:
-    """Renames entries in place where only a wrapper makes the difference.
-
-    torch.compile puts "_orig_mod." anywhere into names, DistributedDataParallel "module." before
-    all of them; either side may have been wrapped.
-    """
-    own = {name.replace(_COMPILED, ""): name for name in model_state}
-    plain = [name.replace(_COMPILED, "") for name in state]
-    is_wrapped = all(name.startswith(_WRAPPED) for name in plain) and not any(
-        name.startswith(_WRAPPED) for name in own
-    )
-
-    def rename(name: str) -> str:
-        name = name.replace(_COMPILED, "")
-        name = name.removeprefix(_WRAPPED) if is_wrapped else name
-        return own.get(name, name)
-
-    for name in list(state):
-        state[rename(name)] = state.pop(name)
-    # Versions of modules, by the modules' names, which have no dot at their end.
-    metadata = getattr(state, "_metadata", {})
-    for name in list(metadata):
-        metadata[rename(f"{name}.").removesuffix(".")] = metadata.pop(name)
-
-
-def load_what_fits(model: nn.Module, state: dict[str, Any]) -> _IncompatibleKeys:
+def load_what_fits(
+    model: nn.Module, state: dict[str, Any], heuristics: bool = False
+) -> _IncompatibleKeys:
     """Loads the entries of a state whose names and shapes are those of the model's.
 
     Args:
         model: Where to.
         state: Tensors or NumPy arrays by name; it is used up.
+        heuristics: Whether entries whose names only end alike count too, see `match_suffixes`.
 
     Returns:
         fvcore's report: keys that are missing, but not those whose memory was loaded under another
@@ -108,12 +101,15 @@ def load_what_fits(model: nn.Module, state: dict[str, Any]) -> _IncompatibleKeys
             state[key] = torch.from_numpy(value)
     own = model.state_dict()
     align_names(state, own)
+    if heuristics:
+        match_suffixes(state, own)
     wrong = [key for key in state if key in own and not _fits(state[key], own[key])]
     if own and not (state.keys() & own.keys()) - set(wrong):
         raise CheckpointError(
             "Nothing in the checkpoint fits the model:\n"
             f"{tabulate_differences(differences(state, own))}\n"
-            "Check that MODEL.WEIGHTS is a checkpoint of this kind of model."
+            "Check that MODEL.WEIGHTS is a checkpoint of this kind of model. If the names only "
+            "begin differently, append ?matching_heuristics=True to it."
         )
     shapes = [(key, tuple(state.pop(key).shape), tuple(own[key].shape)) for key in wrong]
     result = model.load_state_dict(state, strict=False)
@@ -124,6 +120,43 @@ def load_what_fits(model: nn.Module, state: dict[str, Any]) -> _IncompatibleKeys
         unexpected_keys=result.unexpected_keys,
         incorrect_shapes=shapes,
     )
+
+
+@contextlib.contextmanager
+def explaining_misfit(what: str, path: str) -> Iterator[None]:
+    """Turns whatever a state that does not fit makes fail into what a user can mend."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:
+        raise CheckpointError(
+            f"Cannot restore {what} from {path}: {type(e).__name__}: {e}. It was saved by another "
+            f"configuration. {_TRANSFER}"
+        ) from e
+
+
+def check_has_all(checkpoint: Mapping[str, Any], path: str, names: Iterable[str]) -> None:
+    """Raises a CheckpointError if a checkpoint lacks a state that a run needs."""
+    missing = [name for name in names if name not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{path} holds no state of {', '.join(missing)}, so the run cannot go on from it. "
+            f"{_TRANSFER}"
+        )
+
+
+def check_is_same(state: dict[str, Any], path: str, model: nn.Module) -> None:
+    """Raises a CheckpointError if a state is not exactly of this model, wrappers aside."""
+    own = model.state_dict()
+    align_names(state, own)
+    found = differences(state, own)
+    if found:
+        raise CheckpointError(
+            f"{path} is of another model, so the run cannot go on from it, and nothing was "
+            f"loaded:\n{tabulate_differences(found)}\nTo go on with that run, use its config. "
+            f"{_TRANSFER}"
+        )
 
 
 def list_incompatible(model: nn.Module, incompatible: _IncompatibleKeys) -> list[Difference]:
@@ -150,20 +183,34 @@ def differences(state: Mapping[str, Any], model_state: Mapping[str, Any]) -> lis
 
 
 def tabulate_differences(found: Sequence[Difference]) -> str:
-    """Returns a table with at most 10 rows of each kind: mismatched, missing, unused."""
-    kinds: list[list[Difference]] = [[], [], []]
+    """Returns a table with at most 10 rows of each kind: mismatched, missing, unused.
+
+    Of the last two, what one module holds shares a row.
+    """
+    kinds: list[dict[str, list[Difference]]] = [{}, {}, {}]
     for difference in found:
         is_missing, is_unused = difference.in_checkpoint == ABSENT, difference.in_model == ABSENT
-        kinds[1 if is_missing else 2 if is_unused else 0].append(difference)
+        module, dot, _ = difference.key.rpartition(".")
+        shared = module + dot if is_missing or is_unused else ""
+        group = kinds[1 if is_missing else 2 if is_unused else 0]
+        group.setdefault(shared or difference.key, []).append(difference)
     rows = []
     for kind in kinds:
-        rows += kind[:_MAX_ROWS]
+        rows += [_row(shared, group) for shared, group in islice(kind.items(), _MAX_ROWS)]
         if len(kind) > _MAX_ROWS:
             rows.append(Difference(f"… and {len(kind) - _MAX_ROWS} more like these", "", ""))
     # Numbers are not to be aligned: a shape is no number.
     return tabulate(
         rows, headers=["key", "in the checkpoint", "in the model"], disable_numparse=True
     )
+
+
+def _row(shared: str, group: Sequence[Difference]) -> Difference:
+    if len(group) == 1:
+        return group[0]
+    keys, *others = zip(*group, strict=True)
+    names = ", ".join(key.removeprefix(shared) for key in keys)
+    return Difference(f"{shared}{{{names}}}", *("; ".join(dict.fromkeys(told)) for told in others))
 
 
 def _is_state_dict(value: Any) -> bool:

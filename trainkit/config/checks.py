@@ -54,6 +54,7 @@ _FINITE = _Rule(
 _BELOW_1 = _Rule("in [0, 1)", lambda x: isinstance(x, (int, float)) and 0 <= x < 1)
 _NUMBER = _Rule("a finite number", lambda x: isinstance(x, (int, float)) and abs(x) < float("inf"))
 _NAME = _Rule("a name", lambda x: isinstance(x, str))
+_DECAY = _Rule("in (0, 1]", lambda x: isinstance(x, (int, float)) and 0 < x <= 1)
 _PROBABILITY = _Rule("in [0, 1]", lambda x: isinstance(x, (int, float)) and 0 <= x <= 1)
 
 _RULES = {
@@ -61,6 +62,7 @@ _RULES = {
     "SEED": _Rule("an integer below 2**63", lambda x: isinstance(x, int) and x < 2**63),
     "FLOAT32_PRECISION": _one_of("", "highest", "high", "medium"),
     "LOG_PERIOD": _integer(0),
+    "TRACKERS": _each(_one_of("wandb", "mlflow")),
     "GATHER_METRIC_PERIOD": _integer(1),
     "LIMIT_BATCHES": _integer(0),
     "MODEL.NUM_CLASSES": _integer(1),
@@ -68,6 +70,7 @@ _RULES = {
     "MODEL.PIXEL_STD": _each(_NUMBER),
     "MODEL.DROPOUT": _BELOW_1,
     "MODEL.LABEL_SMOOTHING": _BELOW_1,
+    "MODEL.EMA.DECAY": _BELOW_1,
     "MODEL.BACKBONE.WIDTHS": _each(_integer(1)),
     "MODEL.BACKBONE.BLOCKS": _each(_integer(0)),
     "INPUT.CROP_PADDING": _integer(0),
@@ -75,7 +78,18 @@ _RULES = {
     "INPUT.ERASE_PROB": _PROBABILITY,
     "DATASETS.TRAIN": _each(_NAME),
     "DATASETS.TEST": _each(_NAME),
+    "DATASETS.VAL": _each(_NAME),
     "DATALOADER.NUM_WORKERS": _integer(0),
+    "DATALOADER.RANDOM_SUBSET_RATIO": _Rule(
+        "in (0, 1]", lambda x: isinstance(x, (int, float)) and 0 < x <= 1
+    ),
+    "DATALOADER.REPEAT_THRESHOLD": _PROBABILITY,
+    "SOLVER.MAX_EPOCHS": _FINITE,
+    "SOLVER.WARMUP_EPOCHS": _FINITE,
+    "SOLVER.STEP_EPOCHS": _each(_FINITE),
+    "SOLVER.CHECKPOINT_EPOCHS": _FINITE,
+    "SOLVER.MAX_SECONDS": _integer(0),
+    "SOLVER.REFERENCE_WORLD_SIZE": _integer(0),
     "SOLVER.BASE_LR": _FINITE,
     "SOLVER.MOMENTUM": _BELOW_1,
     "SOLVER.BETAS": _Rule(
@@ -85,6 +99,12 @@ _RULES = {
     "SOLVER.WEIGHT_DECAY_NORM": _or_none(_FINITE),
     "SOLVER.WEIGHT_DECAY_BIAS": _or_none(_FINITE),
     "SOLVER.BIAS_LR_FACTOR": _or_none(_FINITE),
+    "SOLVER.LAYER_DECAY": _DECAY,
+    "SOLVER.POLY_LR_POWER": _FINITE,
+    "SOLVER.PLATEAU.FACTOR": _BELOW_1,
+    "SOLVER.PLATEAU.PATIENCE": _integer(0),
+    "SOLVER.PLATEAU.METRIC": _NAME,
+    "SOLVER.PLATEAU.MODE": _one_of("min", "max"),
     "SOLVER.GAMMA": _FINITE,
     "SOLVER.WARMUP_FACTOR": _FINITE,
     "SOLVER.WARMUP_ITERS": _integer(0),
@@ -93,7 +113,14 @@ _RULES = {
     "CHECKPOINT.MAX_TO_KEEP": _integer(0),
     "CHECKPOINT.ON_ERROR": _one_of("raise", "warn"),
     "TEST.EVAL_PERIOD": _integer(0),
+    "TEST.EVAL_EPOCHS": _FINITE,
     "TEST.IMS_PER_BATCH": _integer(1),
+    "TEST.PRECISE_BN.NUM_ITER": _integer(1),
+    "TEST.EARLY_STOPPING.METRIC": _NAME,
+    "TEST.EARLY_STOPPING.PATIENCE": _integer(1),
+    "TEST.EARLY_STOPPING.MODE": _one_of("max", "min"),
+    "TEST.EARLY_STOPPING.MIN_DELTA": _FINITE,
+    "TEST.EARLY_STOPPING.THRESHOLD": _or_none(_NUMBER),
 }
 
 

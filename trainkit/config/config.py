@@ -113,6 +113,16 @@ class CfgNode(_CfgNode):
         )
 
 
+global_cfg = CfgNode()
+"""For code that nobody can hand a config; empty until `set_global_cfg`."""
+
+
+def set_global_cfg(cfg: CfgNode) -> None:
+    """Makes `global_cfg` hold what `cfg` holds."""
+    global_cfg.clear()
+    global_cfg.update(cfg)
+
+
 def _merge(node: _CfgNode, loaded: dict[str, Any], path: _Keys, place: Any) -> None:
     """Merges `loaded` into `node`; `place(path)` names where the value at a path came from."""
     for key, value in loaded.items():

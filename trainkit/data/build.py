@@ -1,20 +1,26 @@
-"""The training loader, whose state is a position, and the builders that read the config."""
+"""The builders of loaders: those that read the config, and detectron2's."""
 
-import contextlib
-import itertools
-import logging
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, default_collate
 
 from trainkit.config.config import CfgNode
+from trainkit.config.configurable import configurable
 from trainkit.data.catalog import DatasetCatalog
-from trainkit.data.common import MapDataset, SeededBatches, WatchedLoader
-from trainkit.data.samplers.distributed_sampler import SAMPLER_REGISTRY, InferenceSampler
-from trainkit.data.samplers.order import EndlessOrder, EpochSampler, Position, SampleKey
+from trainkit.data.common import (
+    AspectRatioGroupedDataset,
+    DatasetFromList,
+    MapDataset,
+    WatchedLoader,
+)
+from trainkit.data.samplers.distributed_sampler import (
+    SAMPLER_REGISTRY,
+    InferenceSampler,
+    TrainingSampler,
+)
+from trainkit.data.train_loader import TrainLoader, check_batch_size, check_not_empty
 from trainkit.data.transforms import (
     Compose,
     ImageMapper,
@@ -26,197 +32,23 @@ from trainkit.data.transforms import (
 from trainkit.utils import comm
 from trainkit.utils.device import resolve_device
 from trainkit.utils.errors import ConfigError
-from trainkit.utils.random import isolated_rng
-from trainkit.utils.stop_signals import interruptible
+from trainkit.utils.random import hash64, seed_generators
 
-logger = logging.getLogger(__name__)
-
-
-class TrainLoader:
-    """Yields this rank's micro-batches of an endless order of samples, from any position on.
-
-    Each optimizer step consumes the next `batch_size` positions of the order; micro-batch m of rank
-    r is their contiguous chunk m * world size + r. A batch depends on the data set, the seed and
-    its positions alone: not on workers, prefetching, restarts, or on how ranks and micro-batches
-    share a step. Randomness has to come from the global generators, or from objects with
-    `set_random_seed` (see `SeededBatches`).
-
-    `iter()` goes on from the current position and ends the iterator made before, whose next use is
-    an error.
-
-    Args:
-        dataset: Anything with `__len__` and `__getitem__`.
-        sampler: The order of each epoch; its seed is set to `seed`.
-        batch_size: Samples per optimizer step, over all ranks and micro-batches together.
-        accumulate: Micro-batches per optimizer step.
-        seed: Decides the order and all randomness in fetching; the same on every rank.
-        num_workers: Processes that fetch; 0 fetches in this one.
-        collate_fn: Turns a list of samples into a batch.
-        pin_memory: Whether batches come in pinned memory, for faster copies to CUDA.
-
-    Raises:
-        ConfigError: If the data set is empty, or `batch_size` is not a multiple of ranks times
-            micro-batches.
-    """
-
-    isolates_randomness = True
-    """Iterating leaves the global generators as they were."""
-
-    def __init__(
-        self,
-        dataset: Any,
-        sampler: EpochSampler,
-        batch_size: int,
-        *,
-        accumulate: int = 1,
-        seed: int,
-        num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] = default_collate,
-        pin_memory: bool = False,
-    ) -> None:
-        _check_not_empty(dataset, type(dataset).__name__)
-        _check_batch_size(batch_size, comm.get_world_size(), accumulate)
-        self.dataset = dataset
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.seed = seed
-        self.num_workers = num_workers
-        self.collate_fn = collate_fn
-        self.pin_memory = pin_memory
-        self._position = Position(epoch=0, offset=0)
-        self._passed_over: list[tuple[Position, Position]] = []
-        self._live_iterator = 0
-        sampler.seed = seed
-
-    def __iter__(self) -> Iterator[Any]:
-        self._live_iterator += 1
-        return self._micro_batches(self._live_iterator)
-
-    @property
-    def position(self) -> Position:
-        """Where the next step begins."""
-        return self._position
-
-    def samples_at(self, position: Position, rank: int | None = None) -> list[SampleKey]:
-        """Returns the samples of the step that begins at a position: one rank's share, or all."""
-        order = EndlessOrder(self.sampler)
-        start = self._start_of_step(order, position)
-        if rank is None:
-            return order.take(start, self.batch_size)
-        chunks = [self._chunk(order, start, number, rank) for number in range(self.accumulate)]
-        return list(itertools.chain.from_iterable(chunks))
-
-    def pass_over(self, position: Position) -> None:
-        """Leaves out the samples of the step that begins there; the state holds that too."""
-        order = EndlessOrder(self.sampler)
-        start = self._start_of_step(order, position)
-        end = order.advance(start, self.batch_size)
-        self._passed_over = sorted({*self._passed_over, (start, end)})
-        self._live_iterator += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the seed, and the position behind the last step that was yielded whole."""
-        state: dict[str, Any] = {"seed": self.seed, **self._position._asdict()}
-        if self._passed_over:
-            state["passed_over"] = [[*begin, *end] for begin, end in self._passed_over]
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next `iter()` start where `state` was taken, with its seed; O(1)."""
-        if state["seed"] != self.seed:
-            logger.warning(
-                "The checkpoint's order of samples has seed %d, this run has %d. Continuing with "
-                "the checkpoint's.",
-                state["seed"],
-                self.seed,
-            )
-        self.seed = self.sampler.seed = state["seed"]
-        self._position = Position(state["epoch"], state["offset"])
-        # What this process has passed over since that state was taken stays passed over.
-        loaded = [(Position(*p[:2]), Position(*p[2:])) for p in state.get("passed_over", [])]
-        self._passed_over = sorted({*self._passed_over, *loaded})
-        self._live_iterator += 1
-
-    def _micro_batches(self, number: int) -> Iterator[Any]:
-        # The keys run ahead of the batches by what is prefetched; this queue keeps, in their order,
-        # the position to store once each batch has been yielded.
-        positions: deque[Position] = deque()
-        batches: Iterator[Any] | None = None
-        while True:
-            if number != self._live_iterator:
-                raise RuntimeError(
-                    "This iterator ended when its TrainLoader loaded a state or made another "
-                    "iterator. Use the newest iter(loader)."
-                )
-            if batches is None:
-                batches = iter(self._data_loader(positions))
-            # Fetching in this process must not be felt by the one who trains in it.
-            isolation = isolated_rng() if self.num_workers == 0 else contextlib.nullcontext()
-            # Nothing is lost here by a signal: the position moves on once the batch is there.
-            with isolation, interruptible():
-                batch = next(batches)
-            self._position = positions.popleft()
-            yield batch
-
-    def _data_loader(self, positions: deque[Position]) -> DataLoader[Any]:
-        return WatchedLoader(
-            SeededBatches(self.dataset, self.sampler, self.seed, self.collate_fn),
-            batch_size=None,  # The sampler's entries are batches already.
-            sampler=self._keys(self._position, positions),
-            num_workers=self.num_workers,
-            collate_fn=_identity,
-            pin_memory=self.pin_memory,
-            # Without one, the seed of the workers would be drawn from the global generator.
-            generator=torch.Generator(),
-        )
-
-    def _keys(self, start: Position, positions: deque[Position]) -> Iterator[list[SampleKey]]:
-        order = EndlessOrder(self.sampler)
-        while True:
-            start = self._start_of_step(order, start)
-            end = order.advance(start, self.batch_size)
-            for number in range(self.accumulate):
-                positions.append(end if number == self.accumulate - 1 else start)
-                yield self._chunk(order, start, number, comm.get_rank())
-            start = end
-
-    def _start_of_step(self, order: EndlessOrder, position: Position) -> Position:
-        """Returns where the next step draws from: behind what is passed over."""
-        for begin, end in self._passed_over:
-            if position < end and begin < order.advance(position, self.batch_size):
-                position = end
-        return position
-
-    def _chunk(
-        self, order: EndlessOrder, start: Position, micro_batch: int, rank: int
-    ) -> list[SampleKey]:
-        """Returns what a rank takes in one micro-batch of the step that begins at `start`."""
-        world_size = comm.get_world_size()
-        size = self.batch_size // (world_size * self.accumulate)
-        return order.take(order.advance(start, (micro_batch * world_size + rank) * size), size)
+__all__ = [
+    "TrainLoader",
+    "build_batch_data_loader",
+    "build_detection_test_loader",
+    "build_detection_train_loader",
+    "build_test_loader",
+    "build_train_loader",
+    "build_train_mapper",
+    "trivial_batch_collator",
+    "worker_init_reset_seed",
+]
 
 
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-def _check_not_empty(dataset: Any, name: str) -> None:
-    if len(dataset) == 0:
-        raise ConfigError(f"The data set {name} is empty. Check its files, or name another.")
-
-
-def _check_batch_size(batch_size: int, world_size: int, accumulate: int) -> None:
-    if accumulate < 1:
-        raise ConfigError(f"SOLVER.ACCUMULATE is {accumulate}, but it is at least 1.")
-    parts = world_size * accumulate
-    if batch_size < 1 or batch_size % parts != 0:
-        below = batch_size // parts * parts
-        nearest = f"{below} or {below + parts}" if below > 0 else f"{parts}"
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size}, which {world_size} process(es) times "
-            f"SOLVER.ACCUMULATE = {accumulate} cannot share evenly. Use {nearest}."
-        )
+# The decorator with a type: what it returns takes a config or the arguments.
+_takes_config: Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]] = configurable
 
 
 def build_train_mapper(cfg: CfgNode) -> ImageMapper | None:
@@ -247,29 +79,54 @@ def build_train_loader(
         ConfigError: If no data set is named, one is empty, or the batch size cannot be shared.
         UnknownNameError: If a data set or the sampler is not registered.
     """
+    arguments = _train_loader_from_config(cfg, dataset, mapper)
+    arguments["dataset"] = _mapped(arguments["dataset"], arguments.pop("mapper"))
+    loader: TrainLoader = build_batch_data_loader(**arguments, collate_fn=default_collate)
+    return loader
+
+
+def _train_loader_from_config(
+    cfg: Any, dataset: Any = None, mapper: Callable[[Any], Any] | None = None, sampler: Any = None
+) -> dict[str, Any]:
     if dataset is None:
-        dataset = _concatenate(cfg.DATASETS.TRAIN)
+        dataset = _concatenate("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
         mapper = mapper or build_train_mapper(cfg)
-    _check_not_empty(dataset, type(dataset).__name__)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    return TrainLoader(
-        dataset if mapper is None else MapDataset(dataset, mapper),
-        SAMPLER_REGISTRY.get(cfg.DATALOADER.SAMPLER_TRAIN)(len(dataset), seed=seed),
-        cfg.SOLVER.IMS_PER_BATCH,
-        accumulate=cfg.SOLVER.ACCUMULATE,
-        seed=seed,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
-    )
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        check_not_empty(dataset, type(dataset).__name__)
+        kind = SAMPLER_REGISTRY.get(cfg.DATALOADER.SAMPLER_TRAIN)
+        if hasattr(kind, "from_config"):
+            sampler = kind(**kind.from_config(cfg, dataset, seed))
+        else:
+            sampler = kind(len(dataset), seed=seed)
+    return {
+        "dataset": dataset,
+        "mapper": mapper,
+        "sampler": sampler,
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "accumulate": cfg.SOLVER.ACCUMULATE,
+        "seed": seed,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": resolve_device(cfg.MODEL.DEVICE).type == "cuda",
+    }
 
 
-def _concatenate(names: tuple[str, ...]) -> Any:
+def _concatenate(key: str, names: Sequence[str]) -> Any:
     if not names:
-        raise ConfigError("DATASETS.TRAIN is empty. Name at least one registered data set.")
-    datasets = [DatasetCatalog.get(name) for name in names]
+        raise ConfigError(f"{key} is empty. Name at least one registered data set.")
+    datasets = [_from_list(DatasetCatalog.get(name)) for name in names]
     for name, dataset in zip(names, datasets, strict=True):
-        _check_not_empty(dataset, repr(name))
+        check_not_empty(dataset, repr(name))
     return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+def _mapped(dataset: Any, mapper: Callable[[Any], Any] | None) -> Any:
+    return dataset if mapper is None else MapDataset(dataset, mapper)
+
+
+def _from_list(dataset: Any) -> Any:
+    """Has the workers share a list."""
+    return DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
 
 
 def build_test_loader(
@@ -293,13 +150,148 @@ def build_test_loader(
         UnknownNameError: If it is not registered.
     """
     if dataset is None:
-        dataset = DatasetCatalog.get(dataset_name)
-    _check_not_empty(dataset, repr(dataset_name))
+        dataset = _concatenate("DATASETS.TEST", (dataset_name,))
+    check_not_empty(dataset, repr(dataset_name))
     return WatchedLoader(
-        dataset if mapper is None else MapDataset(dataset, mapper),
+        _mapped(dataset, mapper),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         sampler=InferenceSampler(len(dataset)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         generator=torch.Generator(),  # As in TrainLoader.
+    )
+
+
+def trivial_batch_collator(batch: list[Any]) -> list[Any]:
+    """Returns the list of samples as the batch."""
+    return batch
+
+
+def worker_init_reset_seed(worker_id: int) -> None:
+    """Seeds all generators of a DataLoader's worker, as its `worker_init_fn`."""
+    seed_generators(hash64(torch.initial_seed(), worker_id))
+
+
+def build_batch_data_loader(
+    dataset: Any,
+    sampler: Any,
+    total_batch_size: int | None,
+    *,
+    aspect_ratio_grouping: bool = False,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    drop_last: bool = True,
+    single_gpu_batch_size: int | None = None,
+    prefetch_factor: int = 2,
+    persistent_workers: bool = False,
+    pin_memory: bool = False,
+    seed: int | None = None,
+    accumulate: int = 1,
+    **kwargs: Any,
+) -> Any:
+    """Builds a loader of this rank's batches, by default lists, with detectron2's arguments.
+
+    With an `EpochSampler`, as trainkit's for training are, it is a `TrainLoader`, endless and
+    resumed exactly. Anything else (another sampler, an IterableDataset without one,
+    `aspect_ratio_grouping`) makes a plain loader, for which `drop_last` and `persistent_workers`
+    are: a resume passes over its batches, and samples that are None are not replaced.
+
+    `total_batch_size` counts the samples of a step, over all ranks and `accumulate` micro-batches;
+    `single_gpu_batch_size` instead those of one batch. `seed` decides all randomness of a
+    TrainLoader (by default, or negative, it is the sampler's), and what the workers of a plain
+    loader draw, which differs between ranks. `kwargs` go to DataLoader.
+    """
+    total = _total_batch_size(total_batch_size, single_gpu_batch_size, accumulate)
+    batch_size = total // (comm.get_world_size() * accumulate)
+    collate_fn = collate_fn or trivial_batch_collator
+    seed = None if seed is None or seed < 0 else seed
+    kwargs |= {"num_workers": num_workers, "pin_memory": pin_memory}
+    kwargs |= {"prefetch_factor": prefetch_factor} if num_workers > 0 else {}
+    if hasattr(sampler, "indices") and not aspect_ratio_grouping:
+        kwargs |= {"accumulate": accumulate, "collate_fn": collate_fn}
+        seed = sampler.seed if seed is None else seed
+        return TrainLoader(dataset, sampler, total, seed=seed, **kwargs)
+    kwargs |= {"sampler": sampler, "persistent_workers": persistent_workers and num_workers > 0}
+    if seed is not None:
+        kwargs["generator"] = torch.Generator().manual_seed(hash64(seed, comm.get_rank()))
+    if aspect_ratio_grouping:
+        kwargs |= {"batch_size": None, "collate_fn": trivial_batch_collator}
+        grouped = AspectRatioGroupedDataset(WatchedLoader(dataset, **kwargs), batch_size)
+        return MapDataset(grouped, collate_fn)
+    kwargs |= {"batch_size": batch_size, "collate_fn": collate_fn, "drop_last": drop_last}
+    return WatchedLoader(dataset, **kwargs)
+
+
+def _total_batch_size(total: int | None, of_one_rank: int | None, accumulate: int) -> int:
+    if bool(total) == bool(of_one_rank):
+        raise ConfigError(
+            f"total_batch_size is {total} and single_gpu_batch_size is {of_one_rank}. Give one of "
+            "them, at least 1."
+        )
+    world_size = comm.get_world_size()
+    total = total or (of_one_rank or 0) * world_size * accumulate
+    check_batch_size(total, world_size, accumulate)
+    return total
+
+
+@_takes_config(from_config=_train_loader_from_config)
+def build_detection_train_loader(
+    dataset: Any,
+    *,
+    mapper: Callable[[Any], Any] | None = None,
+    sampler: Any = None,
+    total_batch_size: int | None = None,
+    **options: Any,
+) -> Any:
+    """Builds a training loader whose batches are lists.
+
+    It takes a config too, `(cfg, dataset=None, mapper=None, sampler=None)`, which gives the rest as
+    to `build_train_loader`. Without one, the sampler is a `TrainingSampler`. `options` are those of
+    `build_batch_data_loader`.
+    """
+    dataset = _from_list(dataset)
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        sampler = TrainingSampler(len(dataset), seed=options.get("seed"))
+    return build_batch_data_loader(_mapped(dataset, mapper), sampler, total_batch_size, **options)
+
+
+def _test_loader_from_config(
+    cfg: Any, dataset_name: str | Sequence[str] = (), dataset: Any = None
+) -> dict[str, Any]:
+    if dataset is None:
+        names = (dataset_name,) if isinstance(dataset_name, str) else dataset_name
+        dataset = _concatenate("dataset_name", names)
+    return {
+        "dataset": dataset,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "pin_memory": resolve_device(cfg.MODEL.DEVICE).type == "cuda",
+    }
+
+
+@_takes_config(from_config=_test_loader_from_config)
+def build_detection_test_loader(
+    dataset: Any,
+    *,
+    mapper: Callable[[Any], Any] | None = None,
+    sampler: Any = None,
+    batch_size: int = 1,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    **options: Any,
+) -> DataLoader[Any]:
+    """Builds a loader of this rank's share of a data set, in order, whose batches are lists.
+
+    It takes a config too, `(cfg, dataset_name, dataset=None)`, with one name or several. By default
+    the sampler is an `InferenceSampler`. `options`, such as `num_workers`, go to DataLoader.
+    """
+    dataset = _from_list(dataset)
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        check_not_empty(dataset, type(dataset).__name__)
+        sampler = InferenceSampler(len(dataset))
+    return WatchedLoader(
+        _mapped(dataset, mapper),
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate_fn or trivial_batch_collator,
+        generator=torch.Generator(),  # As in TrainLoader.
+        **options,
     )

@@ -1,6 +1,7 @@
 """Data sets by name: how to make each, and what is known about it."""
 
-from collections.abc import Callable, Iterator
+from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 from trainkit.utils.errors import ConfigError, UnknownNameError, nearest_name
@@ -8,7 +9,7 @@ from trainkit.utils.errors import ConfigError, UnknownNameError, nearest_name
 _Names = list[str]
 
 
-class _DatasetCatalog:
+class _DatasetCatalog(UserDict[str, Callable[[], Any]]):
     """From a name to the function that makes the data set.
 
     The function takes no arguments and returns anything with `__len__` and `__getitem__`, such as a
@@ -20,9 +21,6 @@ class _DatasetCatalog:
         >>> len(catalog.get("digits"))
         2
     """
-
-    def __init__(self) -> None:
-        self._functions: dict[str, Callable[[], Any]] = {}
 
     def register(self, name: str, func: Callable[[], Any]) -> None:
         """Makes a data set known.
@@ -40,40 +38,18 @@ class _DatasetCatalog:
                 f"Data set {name!r} is already registered. Choose another name, or call "
                 f"DatasetCatalog.remove({name!r}) first."
             )
-        self._functions[name] = func
+        self[name] = func
 
-    def get(self, name: str) -> Any:
-        """Makes the data set registered as `name`.
-
-        Raises:
-            UnknownNameError: If nothing is.
-        """
-        if name not in self:
-            raise UnknownNameError("data set", name, self)
-        return self._functions[name]()
-
-    def pop(self, name: str) -> Callable[[], Any]:
-        """Forgets a data set and returns its function.
-
-        Raises:
-            UnknownNameError: If the name is not registered.
-        """
-        if name not in self:
-            raise UnknownNameError("data set", name, self)
-        return self._functions.pop(name)
+    def get(self, name: str) -> Any:  # type: ignore[override]  # It makes what it returns.
+        """Makes the data set registered as `name`; an unknown one is an UnknownNameError."""
+        return self[name]()
 
     def remove(self, name: str) -> None:
-        """Forgets a data set; an unknown name is an error as in `pop`."""
+        """Forgets a data set; an unknown one is an UnknownNameError, here and in `pop`."""
         self.pop(name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._functions
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._functions)
-
-    def __len__(self) -> int:
-        return len(self._functions)
+    def __missing__(self, name: str) -> Any:
+        raise UnknownNameError("data set", name, self)
 
     def __repr__(self) -> str:
         return f"DatasetCatalog({', '.join(self)})"
@@ -139,38 +115,19 @@ class Metadata:
         return f"Metadata({self.as_dict()})"
 
 
-class _MetadataCatalog:
+class _MetadataCatalog(UserDict[str, Metadata]):
     """From the name of a data set to its `Metadata`, which is made when first asked for."""
 
-    def __init__(self) -> None:
-        self._metadata: dict[str, Metadata] = {}
-
-    def get(self, name: str) -> Metadata:
+    def get(self, name: str) -> Metadata:  # type: ignore[override]  # It makes what is missing.
         """Returns the metadata of a data set, the same object each time."""
-        return self._metadata.setdefault(name, Metadata(name))
-
-    def pop(self, name: str) -> Metadata:
-        """Forgets the metadata of a data set and returns it.
-
-        Raises:
-            UnknownNameError: If there is none.
-        """
-        if name not in self:
-            raise UnknownNameError("metadata of data set", name, self)
-        return self._metadata.pop(name)
+        return self.setdefault(name, Metadata(name))
 
     def remove(self, name: str) -> None:
-        """Forgets the metadata of a data set; an unknown name is an error as in `pop`."""
+        """Forgets the metadata of a data set; without any it is an UnknownNameError."""
         self.pop(name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._metadata
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._metadata)
-
-    def __len__(self) -> int:
-        return len(self._metadata)
+    def __missing__(self, name: str) -> Any:
+        raise UnknownNameError("metadata of data set", name, self)
 
     def __repr__(self) -> str:
         return f"MetadataCatalog({', '.join(self)})"

@@ -4,18 +4,29 @@ import contextlib
 import functools
 import multiprocessing.connection
 import os
+import pickle
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from types import FrameType
 from typing import Any
 
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    get_worker_info,
+)
 
-from trainkit.data.samplers.order import EpochSampler, SampleKey
+from trainkit.data.samplers.order import EpochOrder, EpochSampler, SampleKey
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.random import hash64, seed_generators
+from trainkit.utils.serialize import PicklableWrapper
 from trainkit.utils.stop_signals import SIGNALS, StopRequested
 
 _SAMPLE_TAG = int.from_bytes(b"sample", "big")
@@ -137,17 +148,24 @@ def _on_death(handler: Any, signum: int, frame: FrameType | None) -> None:
 
 
 class MapDataset(Dataset[Any]):
-    """A data set whose samples pass through a function.
+    """A data set whose samples pass through a function, which may be a lambda.
 
     Args:
-        dataset: Anything with `__len__` and `__getitem__`.
+        dataset: Anything with `__len__` and `__getitem__`; an IterableDataset gives one again.
         map_func: Called with a sample; returns the mapped sample, or None to have it replaced by
-            the training loader. A sample that is None already does not reach it.
+            the training loader, or left out of an iterable data set. A sample that is None already
+            does not reach it.
     """
+
+    def __new__(cls, dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Makes a `_MapIterableDataset` where the data set is iterable."""
+        if isinstance(dataset, IterableDataset):
+            return _MapIterableDataset(dataset, *args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, dataset: Any, map_func: Callable[[Any], Any]) -> None:
         self.dataset = dataset
-        self.map_func = map_func
+        self.map_func = PicklableWrapper(map_func)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -155,6 +173,18 @@ class MapDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[index]
         return None if sample is None else self.map_func(sample)
+
+
+class _MapIterableDataset(IterableDataset[Any]):
+    """A `MapDataset` of an iterable data set."""
+
+    def __init__(self, dataset: Iterable[Any], map_func: Callable[[Any], Any]) -> None:
+        self.dataset = dataset
+        self.map_func = PicklableWrapper(map_func)
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = (sample for sample in self.dataset if sample is not None)
+        return (mapped for mapped in map(self.map_func, samples) if mapped is not None)
 
 
 class SeededBatches(Dataset[Any]):
@@ -183,6 +213,7 @@ class SeededBatches(Dataset[Any]):
         self._sampler = sampler
         self._seed = seed
         self._collate_fn = collate_fn
+        self._last_order: tuple[int, EpochOrder] | None = None
         self._seedables = [part for part in _parts(dataset) if hasattr(part, "set_random_seed")]
 
     def __getitem__(self, keys: Sequence[SampleKey]) -> Any:
@@ -204,7 +235,9 @@ class SeededBatches(Dataset[Any]):
             if sample is not None:
                 return sample
             draw = hash64(position_seed, attempt)
-            order = self._sampler.indices(epoch)
+            if self._last_order is None or self._last_order[0] != epoch:
+                self._last_order = epoch, self._sampler.indices(epoch)
+            order = self._last_order[1]
             sample = self._fetch_seeded(int(order[draw % len(order)]), draw)
         if sample is None:
             raise ConfigError(
@@ -230,3 +263,118 @@ def _parts(dataset: Any) -> Iterator[Any]:
         yield from _parts(dataset.dataset)
     if isinstance(dataset, MapDataset):
         yield dataset.map_func
+
+
+class ToIterableDataset(IterableDataset[Any]):
+    """The samples of a data set in the order of a sampler, which runs in each worker.
+
+    Args:
+        dataset: Anything with `__getitem__`.
+        sampler: Gives the same indices in every worker, as `TrainingSampler` does and a sampler
+            that draws from the global generator does not.
+        shard_sampler: Whether workers take turns with the indices.
+        shard_chunk_size: Indices in one turn. With the batch size of the DataLoader, and with 1 for
+            one that makes no batches, the order is that of a single process.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Iterable[int],
+        shard_sampler: bool = True,
+        shard_chunk_size: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.shard_sampler = shard_sampler
+        self.shard_chunk_size = shard_chunk_size
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker and self.shard_sampler else (0, 1)
+        for place, index in enumerate(self.sampler):
+            if place // self.shard_chunk_size % count == number:
+                yield self.dataset[index]
+
+
+class AspectRatioGroupedDataset(IterableDataset[list[Any]]):
+    """Lists of `batch_size` samples, dicts with "width" and "height", all wide or all not."""
+
+    def __init__(self, dataset: Iterable[Any], batch_size: int) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        waiting: dict[bool, list[Any]] = {True: [], False: []}
+        for sample in self.dataset:
+            batch = waiting[sample["width"] > sample["height"]]
+            batch.append(sample)
+            if len(batch) == self.batch_size:
+                yield batch[:]
+                batch.clear()
+
+
+class _SerializedList:
+    """The items of a list as pickles, one behind another in one buffer.
+
+    Python counts the references to an object where the object lies, so a worker that only reads a
+    list of dicts copies its pages all the same. It leaves a buffer alone: forked workers share it,
+    and for others torch moves it into shared memory, once, when the first one starts.
+    """
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        pickles = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        # Not empty, which torch refuses.
+        self.buffer = torch.frombuffer(bytearray(b"".join(pickles) or b"."), dtype=torch.uint8)
+        self.ends = torch.tensor([0, *map(len, pickles)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        start, end = self.ends[range(len(self))[index] :][:2].tolist()
+        return pickle.loads(self.buffer[start:end].numpy().data)
+
+
+_default_serialize: Callable[[Sequence[Any]], Any] = _SerializedList
+
+
+@contextlib.contextmanager
+def set_default_dataset_from_list_serialize_method(
+    serialize: Callable[[Sequence[Any]], Any],
+) -> Iterator[None]:
+    """Has each new `DatasetFromList` hold its list in what `serialize` makes of it, for a while."""
+    global _default_serialize
+    before, _default_serialize = _default_serialize, serialize
+    try:
+        yield
+    finally:
+        _default_serialize = before
+
+
+class DatasetFromList(Dataset[Any]):
+    """A list as a data set.
+
+    Args:
+        lst: The samples.
+        copy: Whether a sample comes as a deep copy; one that was serialized is new anyway.
+        serialize: True holds the samples in a buffer that workers share; a function makes what
+            holds them of the list; False keeps the list.
+    """
+
+    def __init__(
+        self,
+        lst: Sequence[Any],
+        copy: bool = True,
+        serialize: bool | Callable[[Sequence[Any]], Any] = True,
+    ) -> None:
+        method = serialize if callable(serialize) else _default_serialize
+        self._samples: Any = method(lst) if serialize else lst
+        self._copies = copy and not serialize
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self._samples[index]
+        return deepcopy(sample) if self._copies else sample

@@ -1,5 +1,6 @@
 """`DefaultTrainer`: model, optimizer, data, schedule, hooks and evaluation from a config."""
 
+import contextlib
 import logging
 import weakref
 from collections import Counter
@@ -8,23 +9,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.checkpoint.lock import hold_run_folder
+from trainkit.checkpoint.matching import unwrap
+from trainkit.config.auto_scale import auto_scale_workers
 from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
+from trainkit.config.lazy_cfg import build_part, cfg_from_lazy
 from trainkit.data.build import TrainLoader, build_test_loader, build_train_loader
 from trainkit.data.catalog import DatasetCatalog, MetadataCatalog
+from trainkit.engine.default_hooks import default_hooks
 from trainkit.engine.hook_base import HookBase
-from trainkit.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
-from trainkit.engine.hooks.evaluation import EvalHook
-from trainkit.engine.hooks.lr_scheduler import LRScheduler
-from trainkit.engine.hooks.timer import IterationTimer
-from trainkit.engine.hooks.writer import PeriodicWriter
+from trainkit.engine.hooks.ema import EMA
 from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
+from trainkit.engine.predictor import DefaultPredictor
 from trainkit.engine.preemption import leave
+from trainkit.engine.run_config import in_iterations, precision_of, with_seed
 from trainkit.engine.setup import (
     create_ddp_model,
     default_argument_parser,
@@ -48,6 +50,7 @@ from trainkit.utils.events.writer import EventWriter
 from trainkit.utils.stop_signals import stop_signals, stopping
 
 __all__ = [
+    "DefaultPredictor",
     "DefaultTrainer",
     "create_ddp_model",
     "default_argument_parser",
@@ -56,6 +59,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# What a trainer whose step is taken needs of the one that runs the loop.
+_SHARED = ("iter", "start_iter", "max_iter", "storage", "_step_hooks", "_must_rehearse")
 
 
 class DefaultTrainer(SimpleTrainer):
@@ -73,26 +79,31 @@ class DefaultTrainer(SimpleTrainer):
         checkpointer: Saves to and loads from `OUTPUT_DIR`.
     """
 
+    auto_scale_workers = staticmethod(auto_scale_workers)
     _assigned_trainer: SimpleTrainer | None = None
     _last_results: dict[str, Any]
     _is_seed_drawn = False
 
     def __init__(self, cfg: CfgNode) -> None:
+        cfg = cfg if isinstance(cfg, CfgNode) else cfg_from_lazy(cfg)
         check_cfg(cfg)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self._check_test_names(cfg)
         self._is_seed_drawn = cfg.SEED < 0
         if self._is_seed_drawn:
-            cfg = _with_seed(cfg, comm.shared_random_seed())
+            cfg = with_seed(cfg, comm.shared_random_seed())
         # Every rank draws the same initial weights.
         seed_all_rng(cfg.SEED)
         model = self.build_model(cfg).to(resolve_device(cfg.MODEL.DEVICE))
         optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        cfg = in_iterations(cfg, data_loader)
         super().__init__(
-            create_ddp_model(model, broadcast_buffers=False),
-            self.build_train_loader(cfg),
+            create_ddp_model(model, **{key.lower(): value for key, value in cfg.DDP.items()}),
+            data_loader,
             optimizer,
             cfg.GATHER_METRIC_PERIOD,
-            precision=cfg.SOLVER.PRECISION,
+            precision=precision_of(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
             grad_clipper=build_grad_clipper(cfg),
             seed=cfg.SEED,
@@ -179,6 +190,9 @@ class DefaultTrainer(SimpleTrainer):
         if self.iter == self.max_iter and self.interruption is None:
             # Only now, on every rank: until here a resume has something left to do.
             comm.synchronize()
+            if self.cfg.CHECKPOINT.SAVE_WEIGHTS:
+                with self._averaged_weights():
+                    self.checkpointer.save_weights("model_weights")
             self.checkpointer.mark_finished(self.iter - 1)
             if self.cfg.TEST.EXPECTED_RESULTS:
                 verify_results(self.cfg, self._last_results)
@@ -211,7 +225,7 @@ class DefaultTrainer(SimpleTrainer):
         if self._assigned_trainer is None:
             super().run_step()
         else:
-            for name in ("iter", "max_iter", "storage", "_step_hooks", "_must_rehearse"):
+            for name in _SHARED:
                 setattr(self._assigned_trainer, name, getattr(self, name))
             self._assigned_trainer.run_step()
             self._must_rehearse = False
@@ -227,7 +241,7 @@ class DefaultTrainer(SimpleTrainer):
 
     @_trainer.setter
     def _trainer(self, trainer: SimpleTrainer) -> None:
-        for name in ("model", "optimizer", "data_loader", "_batches"):
+        for name in ("model", "optimizer", "grad_scaler", "data_loader", "_batches"):
             if hasattr(trainer, name):
                 setattr(self, name, getattr(trainer, name))
         trainer._metrics, trainer._guard = self._metrics, self._guard
@@ -237,71 +251,46 @@ class DefaultTrainer(SimpleTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the default hooks, in the order in which they run."""
-        cfg = self.cfg
-        # A hook must not own its trainer.
-        trainer = weakref.proxy(self)
-        checkpointer, on_error = self.checkpointer, cfg.CHECKPOINT.ON_ERROR
-        return [
-            # First, so that it times the step and not the other hooks.
-            IterationTimer(),
-            # Before the checkpointer, which saves the rate of the next step.
-            LRScheduler(),
-            # Before evaluation: a crash there costs nothing, and a resume evaluates again.
-            PeriodicCheckpointer(
-                checkpointer,
-                cfg.SOLVER.CHECKPOINT_PERIOD,
-                max_to_keep=cfg.CHECKPOINT.MAX_TO_KEEP or None,
-                on_error=on_error,
-            ),
-            EvalHook(cfg.TEST.EVAL_PERIOD, lambda: trainer._evaluate()),
-            # After evaluation, whose result it judges.
-            BestCheckpointer(
-                cfg.TEST.EVAL_PERIOD, checkpointer, cfg.TEST.BEST_METRIC, on_error=on_error
-            )
-            if cfg.TEST.BEST_METRIC
-            else None,
-            # Last, so that it writes what all others have put.
-            PeriodicWriter(self.build_writers(), cfg.LOG_PERIOD, on_error=on_error)
-            if comm.is_main_process()
-            else None,
-        ]
+        return default_hooks(self)
 
     def build_writers(self) -> list[EventWriter]:
         """Returns the writers; only rank 0 asks for them."""
-        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.cfg.TRACKERS)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Returns the model, on its device."""
-        model = build_model(cfg)
+        model = build_part(cfg, "model", lambda: build_model(cfg))
         logger.info("Model:\n%s", model)
-        return model
+        return model.to(resolve_device(cfg.MODEL.DEVICE))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Returns the optimizer over the model's trainable parameters."""
-        return build_optimizer(cfg, model)
+        more = {"params": {"model": model}}
+        return build_part(cfg, "optimizer", lambda: build_optimizer(cfg, model), **more)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
         """Returns the schedule of the optimizer's learning rates."""
-        return build_lr_scheduler(cfg, optimizer)
+        return build_part(cfg, "lr_multiplier", lambda: build_lr_scheduler(cfg, optimizer))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         """Returns the loader of training batches."""
-        return build_train_loader(cfg)
+        return build_part(cfg, "dataloader.train", lambda: build_train_loader(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
         """Returns the loader of one test data set, sharded by rank."""
-        return build_test_loader(cfg, dataset_name)
+        return build_part(cfg, "dataloader.test", lambda: build_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Returns what judges the outputs on one test data set: accuracy, by default."""
         numbers = [str(number) for number in range(cfg.MODEL.NUM_CLASSES)]
-        return ClassificationEvaluator(MetadataCatalog.get(dataset_name).get("classes", numbers))
+        classes = MetadataCatalog.get(dataset_name).get("classes", numbers)
+        return build_part(cfg, "dataloader.evaluator", lambda: ClassificationEvaluator(classes))
 
     @classmethod
     def test(
@@ -326,7 +315,7 @@ class DefaultTrainer(SimpleTrainer):
         for index, name in enumerate(cfg.DATASETS.TEST):
             loader = cls.build_test_loader(cfg, name)
             evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
-            with autocast(cfg.SOLVER.PRECISION, next(model.parameters()).device):
+            with autocast(precision_of(cfg), next(model.parameters()).device):
                 results[name] = inference_on_dataset(
                     model, loader, evaluator, limit_batches=cfg.LIMIT_BATCHES or None
                 )
@@ -338,20 +327,25 @@ class DefaultTrainer(SimpleTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`, or one of detectron2's DefaultTrainer."""
         if self._is_seed_drawn and state.get("seed") is not None:
-            self.cfg = _with_seed(self.cfg, state["seed"])
+            self.cfg = with_seed(self.cfg, state["seed"])
             if isinstance(self.data_loader, TrainLoader):
                 self.data_loader.seed = state["seed"]
         super().load_state_dict({**state.get("_trainer", {}), **state})
 
     def _evaluate(self) -> dict[str, Any]:
-        model = self.model
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-            # Running statistics differ from rank to rank; all judge the model that rank 0 saves.
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        self._last_results = self.test(self.cfg, model)
+        model = unwrap(self.model)
+        with self._averaged_weights():
+            if model is not self.model:
+                # Running statistics differ from rank to rank; all judge what rank 0 saves.
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            self._last_results = self.test(self.cfg, model)
         return self._last_results
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which the model has its averaged weights, if there are any."""
+        ema = next((hook for hook in self._hooks if isinstance(hook, EMA)), None)
+        return ema.applied() if ema else contextlib.nullcontext()
 
     def _is_finished(self, start_iter: int, max_iter: int) -> bool:
         """Whether a resumed run has nothing left to do, the hooks at its end included."""
@@ -365,9 +359,10 @@ class DefaultTrainer(SimpleTrainer):
     def _check_test_names(cls, cfg: CfgNode) -> None:
         """Finds an unknown test data set now, not at the first evaluation."""
         overrides = cls.build_test_loader.__func__ is not DefaultTrainer.build_test_loader.__func__  # type: ignore[attr-defined]  # of a class method
-        for name in () if overrides else cfg.DATASETS.TEST:
-            if name not in DatasetCatalog:
-                raise UnknownNameError("data set (DATASETS.TEST)", name, DatasetCatalog.list())
+        for key in () if overrides or "LAZY" in cfg else ("TEST", "VAL"):
+            for name in cfg.DATASETS[key]:
+                if name not in DatasetCatalog:
+                    raise UnknownNameError(f"data set (DATASETS.{key})", name, DatasetCatalog)
 
     def _note_implementation(self) -> None:
         """Notes which implementation updates parameters; one that is not the checkpoint's is said.
@@ -385,13 +380,3 @@ class DefaultTrainer(SimpleTrainer):
                 saved,
                 now,
             )
-
-
-def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
-    seeded = cfg.clone()
-    seeded.defrost()
-    seeded.SEED = seed
-    if cfg.is_frozen():
-        seeded.freeze()
-    logger.info("The run has the seed %d.", seed)
-    return seeded

@@ -27,7 +27,7 @@ MESSAGE_ERRORS = (
 
 _HOOK_METHODS = frozenset(name for name in vars(HookBase) if not name.startswith("_"))
 _PLACES = {
-    "_draw_batches": "fetching a batch",
+    "draw_batches": "fetching a batch",
     "_forward_backward": "in the forward or backward pass",
     "run_step": "in the step",
     "inference_on_dataset": "in evaluation",

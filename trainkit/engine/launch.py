@@ -1,4 +1,4 @@
-"""`launch`: one function on several processes of this machine, or on torchrun's."""
+"""`launch`: one function on several processes of this machine, on torchrun's, or on srun's."""
 
 import atexit
 import datetime
@@ -6,12 +6,13 @@ import gc
 import importlib
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from signal import SIGTERM
@@ -23,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainkit.engine.failures import note_place
 from trainkit.engine.preemption import PreemptedExit
-from trainkit.engine.processes import Processes, report_error
+from trainkit.engine.processes import Processes, report_error, report_result
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.stop_signals import is_asked_to_stop
@@ -45,9 +46,9 @@ def launch(
 ) -> Any:
     """Calls `main_func(*args)` in one process, in several of this machine, or in torchrun's.
 
-    Under torchrun, whose environment is recognised, the process joins torchrun's group and the
-    numbers given here do not count. Otherwise this starts `num_gpus_per_machine` processes that
-    train together over NCCL where there is CUDA, and over gloo on the CPU.
+    Under torchrun, and in a task of an `srun` with several that asks for one process here, it joins
+    their group, and the numbers given here do not count. Otherwise this starts
+    `num_gpus_per_machine` processes, over NCCL where there is CUDA, and over gloo on the CPU.
 
     Args:
         main_func: What every process runs; it must be importable, to reach a new process.
@@ -59,7 +60,7 @@ def launch(
         timeout: How long a process waits for the others.
 
     Returns:
-        What `main_func` returned in a process that was not newly started, else None.
+        What `main_func` returned, here or in this machine's first process, if that has a pickle.
 
     Raises:
         ConfigError: If the numbers do not go together.
@@ -67,6 +68,8 @@ def launch(
             the others have been ended.
         KeyboardInterrupt, SystemExit: After a signal, once all processes have saved and left.
     """
+    if num_gpus_per_machine == num_machines == 1:
+        os.environ.update(_sruns_numbers(os.environ))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_torchruns_rank(main_func, args, timeout)
     world_size = num_gpus_per_machine * num_machines
@@ -81,8 +84,32 @@ def launch(
     dist_url = _meeting_point(dist_url, num_machines)
     worker_args = (num_gpus_per_machine, world_size, dist_url, timeout, main_func, args)
     first_rank = machine_rank * num_gpus_per_machine
-    Processes(first_rank).run(_worker, num_gpus_per_machine, worker_args)
-    return None
+    return Processes(first_rank).run(_worker, num_gpus_per_machine, worker_args)
+
+
+def _sruns_numbers(env: Mapping[str, str]) -> dict[str, str]:
+    """Returns torchrun's variables for one of several tasks of srun; {} elsewhere.
+
+    A batch script that srun did not start has no number of tasks of a step.
+    """
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return {}
+    # As in "2(x3),1": two on each of three nodes, one on the fourth.
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])
+    sizes = [size for size, times in counts for _ in range(int(times or 1))]
+    # Of "gpu[03-05,9],cpu1" the first is gpu03.
+    first_node = re.match(r"([^\[,]+)(?:\[(\w+))?", env["SLURM_STEP_NODELIST"])
+    assert first_node, "srun names its nodes"
+    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": sizes[int(env["SLURM_NODEID"])],
+        "MASTER_ADDR": env.get("MASTER_ADDR", first_node[1] + (first_node[2] or "")),
+        # Jobs, and steps of a job, that share a node must not meet each other.
+        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + (7 * job + step) % 20000)),
+    }
 
 
 def _worker(
@@ -105,8 +132,10 @@ def _worker(
     exit_code = 0
     try:
         _join_group(dist_url, world_size, rank, timeout)
-        main_func(*args)
+        result = main_func(*args)
         dist.destroy_process_group()
+        if local_rank == 0:
+            report_result(channel, result)
     except BaseException as e:
         # Before the group is left, which the others then fail for want of.
         exit_code = report_error(channel, e)

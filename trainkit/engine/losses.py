@@ -61,7 +61,7 @@ def micro_batch_weights(batches: Sequence[Any]) -> list[float]:
     return [size / sum(known) for size in known]
 
 
-def poisoned_if_not_finite(loss: torch.Tensor, judges_now: bool = False) -> torch.Tensor:
+def poisoned(loss: torch.Tensor, judges_now: bool = False) -> torch.Tensor:
     """Returns a loss so that, if it is not finite, neither are its gradients.
 
     The norm of the reduced gradients, which all ranks know alike, then tells before the update.
@@ -108,6 +108,29 @@ def rehearse(
         model.zero_grad()
         copies.restore()
         set_rng_state(rng_state, device)
+
+
+def check_all_used(model: nn.Module) -> None:
+    """Checks after a backward pass that each trainable parameter took part in it.
+
+    DistributedDataParallel waits for the gradients of all, and would fail in the next step.
+
+    Args:
+        model: Only one of DistributedDataParallel that does not look for unused parameters counts.
+
+    Raises:
+        ConfigError: If any did not; it names them.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return
+    params = model.module.named_parameters()
+    unused = [name for name, p in params if p.requires_grad and p.grad is None]
+    if unused:
+        raise ConfigError(
+            f"{len(unused)} parameters got no gradient: {', '.join(unused)}. With several "
+            "processes all must take part in the loss: use them, freeze them (requires_grad_("
+            "False)), or set DDP.FIND_UNUSED_PARAMETERS True (find_unused_parameters=True)."
+        )
 
 
 def own_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

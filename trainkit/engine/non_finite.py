@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from trainkit.engine.losses import TensorCopies
 from trainkit.utils import comm
@@ -82,6 +83,12 @@ class NonFiniteGuard:
             self._num_in_a_row = 0
             return False
         return True
+
+    def norm_of_update(self, grad_norm: torch.Tensor, scaler: GradScaler) -> torch.Tensor:
+        """Returns the norm for the metrics; 0 of a step that a scaler leaves out, as it may."""
+        if not scaler.is_enabled():
+            return grad_norm
+        return torch.where(grad_norm.isfinite(), grad_norm, 0.0)
 
     def skip(self, storage: EventStorage, loss_dict: dict[str, torch.Tensor], samples: str) -> None:
         """Undoes a step, and says so; its losses stay out of the metrics, where NaN would linger.

@@ -91,6 +91,17 @@ def report_error(channel: Connection, error: BaseException) -> int:
     return exit_code
 
 
+def report_result(channel: Connection, result: Any) -> None:
+    """Gives the launching process what this rank returned, unless that cannot be pickled."""
+    try:
+        pickled = pickle.dumps(result)
+    except Exception as e:
+        logger.warning("What this rank returned stays here, as it cannot be pickled: %s", e)
+        return
+    with contextlib.suppress(OSError):  # The launching process is gone.
+        channel.send(pickled)
+
+
 class Processes:
     """The ranks of this machine: what ends the first of them too early is what ends all.
 
@@ -105,14 +116,18 @@ class Processes:
         self._channels: dict[int, Connection] = {}
         self._errors: dict[int, BaseException] = {}
         self._outcome: BaseException | None = None
+        self._result = pickle.dumps(None)
         self._deadline = math.inf
         self._signum = 0
         self._signal_at = 0.0
 
-    def run(self, target: Callable[..., None], count: int, args: tuple[Any, ...]) -> None:
+    def run(self, target: Callable[..., None], count: int, args: tuple[Any, ...]) -> Any:
         """Starts `target(channel, rank, local_rank, *args)` in each process, and waits for all.
 
         A signal goes on to them, and they save and leave; a second one kills them.
+
+        Returns:
+            What one of them gave to `report_result`, else None.
 
         Raises:
             BaseException: What the first one raised that failed, RankDiedError if that was killed,
@@ -130,6 +145,11 @@ class Processes:
             # What ranks raise together, they raise at once: the one it came from knows more of it.
             match = re.match(r"rank (\d+) failed: ", str(self._outcome))
             raise self._errors.get(int(match[1]), self._outcome) if match else self._outcome
+        try:
+            return pickle.loads(self._result)
+        except Exception as e:  # What its class raises, or where it is found, is the user's.
+            logger.warning("What rank %d returned cannot be made again: %s", self._first_rank, e)
+            return None
 
     def _start(self, target: Callable[..., None], count: int, args: tuple[Any, ...]) -> None:
         context = multiprocessing.get_context(START_METHOD)
@@ -171,8 +191,12 @@ class Processes:
         reports = {}
         for rank, channel in list(self._channels.items()):
             try:
-                if channel.poll():
-                    reports[rank] = channel.recv()
+                if not channel.poll():
+                    continue
+                if isinstance(message := channel.recv(), bytes):
+                    self._result = message
+                else:
+                    reports[rank] = message
             except (EOFError, OSError):  # It has left.
                 del self._channels[rank]
         return reports

@@ -5,28 +5,36 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.checkpoint.lock import check_not_held
 from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
+from trainkit.config.lazy import LazyConfig
+from trainkit.config.lazy_cfg import settings_of
 from trainkit.utils import comm
 from trainkit.utils.collect_env import collect_env_info
-from trainkit.utils.env import TORCH_VERSION, seed_all_rng
+from trainkit.utils.env import TORCH_VERSION, seed_all_rng, setup_environment
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.json_writer import JSONWriter
+from trainkit.utils.events.mlflow_writer import MLflowWriter
 from trainkit.utils.events.printer import CommonMetricPrinter
 from trainkit.utils.events.tensorboard import TensorboardXWriter
+from trainkit.utils.events.wandb_writer import WandbWriter
 from trainkit.utils.events.writer import EventWriter
 from trainkit.utils.file_io import write_atomically
 from trainkit.utils.logger import setup_logger
 
 logger = logging.getLogger(__name__)
+
+_TRACKERS: dict[str, Callable[[], EventWriter]] = {"wandb": WandbWriter, "mlflow": MLflowWriter}
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -43,7 +51,7 @@ Examples:
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="a YAML config")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a .yaml or .py config")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest valid checkpoint, if any"
     )
@@ -59,22 +67,25 @@ Examples:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="settings that override the config, as in SOLVER.BASE_LR 0.05",
+        help="settings that override the config, as in SOLVER.BASE_LR 0.05; of a .py config as in "
+        "train.max_iter=100",
     )
     return parser
 
 
-def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+def default_setup(cfg: Any, args: argparse.Namespace) -> None:
     """Makes the output folder, starts the logs, writes down the config, seeds, sets torch up.
 
     Args:
-        cfg: The whole config.
+        cfg: The whole config: a `CfgNode`, or a LazyConfig with its settings in `train`.
         args: What `default_argument_parser` parsed.
 
     Raises:
         ConfigError: On every rank, if a value is impossible, the folder cannot be written, or
             another run trains in it.
     """
+    setup_environment()
+    lazy, cfg = (None, cfg) if isinstance(cfg, CfgNode) else (cfg, settings_of(cfg))
     check_cfg(cfg)
     if not args.eval_only:
         check_not_held(cfg.OUTPUT_DIR)
@@ -83,10 +94,12 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info("Rank %d of %d", comm.get_rank(), comm.get_world_size())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
-    logger.info("Config:\n%s", cfg.dump())
+    logger.info("Config:\n%s", LazyConfig.to_py(lazy) if lazy else cfg.dump())
     # A run that is looked at, or goes on, keeps its config until training starts.
     if not args.eval_only and not args.resume:
         write_config(cfg)
+        if lazy and comm.is_main_process():
+            _write_lazy_config(lazy, Path(cfg.OUTPUT_DIR, "config.yaml"))
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
@@ -106,8 +119,26 @@ def write_config(cfg: CfgNode) -> None:
         write_atomically(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
 
 
-def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
-    """Returns the writers of a run: the log, `metrics.json`, and TensorBoard if it is installed."""
+def _write_lazy_config(cfg: Any, path: Path) -> None:
+    try:
+        LazyConfig.save(cfg, path)
+    except ConfigError as e:
+        logger.warning("%s holds the settings only, not the whole config: %s", path, str(e))
+
+
+def default_writers(
+    output_dir: str, max_iter: int | None = None, trackers: Sequence[str] = ()
+) -> list[EventWriter]:
+    """Returns the writers of a run: the log, `metrics.json`, and TensorBoard if it is installed.
+
+    Args:
+        output_dir: The run's folder.
+        max_iter: Its length, for the log's estimate of the time that is left.
+        trackers: Experiment trackers beside these: "wandb", "mlflow".
+
+    Raises:
+        ConfigError: If a tracker is not installed.
+    """
     writers: list[EventWriter] = [
         CommonMetricPrinter(max_iter),
         JSONWriter(Path(output_dir, "metrics.json")),
@@ -116,16 +147,21 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
         writers.append(TensorboardXWriter(output_dir))
     else:
         logger.info("No TensorBoard events: pip install 'trainkit[tensorboard]' to get them.")
-    return writers
+    return writers + [_TRACKERS[name]() for name in trackers]
 
 
 def create_ddp_model(
-    model: nn.Module, *, broadcast_buffers: bool = True, **kwargs: Any
+    model: nn.Module,
+    *,
+    fp16_compression: bool = False,
+    broadcast_buffers: bool = True,
+    **kwargs: Any,
 ) -> nn.Module:
     """Wraps a model in DistributedDataParallel if there are several processes.
 
     Args:
         model: On its device.
+        fp16_compression: Whether gradients travel between processes in fp16.
         broadcast_buffers: Whether each forward pass first gives all ranks rank 0's buffers.
         kwargs: Further arguments of DistributedDataParallel.
     """
@@ -136,7 +172,10 @@ def create_ddp_model(
         return model
     device = next(model.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **kwargs)
+    ddp = DistributedDataParallel(model, device_ids=device_ids, **kwargs)
+    if fp16_compression:
+        ddp.register_comm_hook(None, fp16_compress_hook)
+    return ddp
 
 
 def _make_writable(output_dir: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from trainkit.engine.metric_sync import exchange, local_rows, raise_if_not_finite, reduce_rows
 from trainkit.utils import comm
-from trainkit.utils.events.storage import EventStorage
+from trainkit.utils.events.storage import EventStorage, get_event_storage
 
 # What ranks exchange; the largest counts. An exit code, 128 and more, stands for itself.
 _NOTHING, _FINISH, _INTERRUPT = 0, 1, 2
@@ -126,3 +126,25 @@ class StepMetrics:
             return own if agreed else None
         reason = f"request of rank {codes.index(agreed)}"
         return StopRequest(reason, agreed == _FINISH, agreed if agreed > _INTERRUPT else 0)
+
+
+def write_metrics(
+    loss_dict: dict[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
+) -> None:
+    """Puts a step's metrics into the current storage, reduced at once: a collective that waits.
+
+    For detectron2's callers; `SimpleTrainer._write_metrics` waits for nothing.
+
+    Args:
+        loss_dict: 0-d tensors by name.
+        data_time: Seconds spent waiting for the batch.
+        cur_iter: The storage's iteration.
+        prefix: Put before each name.
+
+    Raises:
+        NonFiniteError: On every rank, if a value of any rank is not finite.
+    """
+    storage, metrics = get_event_storage(), StepMetrics()
+    metrics.begin(cur_iter)
+    metrics.put(storage, loss_dict, data_time, prefix, None)
+    metrics.sync(storage, lambda *at: "")

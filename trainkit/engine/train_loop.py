@@ -2,14 +2,16 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from trainkit.engine.batch_stream import BatchStream
 from trainkit.engine.failures import call_each, log_failure
+from trainkit.engine.grad_scaling import build_grad_scaler, check_scale
 from trainkit.engine.hook_base import (
     HookBase,
     StepHooks,
@@ -20,18 +22,17 @@ from trainkit.engine.hook_base import (
     warn_of_states,
 )
 from trainkit.engine.losses import (
-    load_own_buffers,
+    check_all_used,
     micro_batch_weights,
-    own_buffers,
     parse_losses,
-    poisoned_if_not_finite,
+    poisoned,
     reducing_gradients,
     rehearse,
 )
 from trainkit.engine.non_finite import NonFiniteGuard
 from trainkit.engine.preemption import leave
-from trainkit.engine.step_metrics import StepMetrics, StopRequest
-from trainkit.solver.build import check_same_kind
+from trainkit.engine.step_metrics import StepMetrics, StopRequest, write_metrics
+from trainkit.engine.trainer_state import PER_RANK, load_local_state, local_state
 from trainkit.solver.clip import GradientClipper, total_grad_norm
 from trainkit.utils import comm
 from trainkit.utils.device import PRECISIONS, autocast
@@ -39,7 +40,7 @@ from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.storage import EventStorage
 from trainkit.utils.nested import move_to
 from trainkit.utils.period import is_due
-from trainkit.utils.random import get_rng_state, seed_step, set_rng_state
+from trainkit.utils.random import seed_step, set_rng_state
 from trainkit.utils.stop_signals import Interruption, StopRequested, stop_signals
 
 __all__ = ["AMPTrainer", "HookBase", "SimpleTrainer", "TrainerBase"]
@@ -193,7 +194,9 @@ class SimpleTrainer(TrainerBase):
         optimizer: Updates the model's parameters.
         gather_metric_period: Iterations between two reductions of metrics over ranks, which are
             also when an accelerator's metrics are checked and several ranks agree to stop.
-        precision: "fp32", or "bf16" by autocast.
+        zero_grad_before_forward, async_write_metrics: For detectron2's callers, without effect: the
+            first is always so, and metrics keep no step waiting.
+        precision: "fp32", or "bf16" or "fp16" by autocast, fp16 with a gradient scaler.
         accumulate: Micro-batches drawn for each optimizer step.
         grad_clipper: Clips gradients and returns their norm before.
         seed: Seeds the generators before each forward pass, from (seed, rank, iteration,
@@ -210,6 +213,8 @@ class SimpleTrainer(TrainerBase):
         data_loader: Iterable[Any] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         gather_metric_period: int = 20,
+        zero_grad_before_forward: bool = True,
+        async_write_metrics: bool = True,
         *,
         precision: str = "fp32",
         accumulate: int = 1,
@@ -221,24 +226,22 @@ class SimpleTrainer(TrainerBase):
         autocast(precision, torch.device("cpu"))  # Raises now if it is unknown.
         if accumulate < 1:
             raise ConfigError(f"accumulate (SOLVER.ACCUMULATE) is {accumulate}; it is at least 1.")
-        self.gather_metric_period = gather_metric_period
-        self.precision = precision
-        self.accumulate = accumulate
+        self.gather_metric_period, self.accumulate = gather_metric_period, accumulate
+        self.precision, self.seed = precision, seed
         self.grad_clipper = grad_clipper or total_grad_norm
-        self.seed = seed
+        self._is_inside_update = self._must_rehearse = False
         self._guard = NonFiniteGuard(non_finite)
         self._metrics = StepMetrics(self._guard.judges_now)
-        self._is_inside_update = self._must_rehearse = False
+        self.grad_scaler = build_grad_scaler(precision, optimizer, non_finite)
         if model is None or data_loader is None or optimizer is None:
             return
-        self.model = model.train()
-        self.optimizer = optimizer
+        self.model, self.optimizer = model.train(), optimizer
         self.reset_data_loader(data_loader)
 
-    def reset_data_loader(self, data_loader: Iterable[Any]) -> None:
-        """Draws the next batches from another loader, from its beginning."""
-        self.data_loader = data_loader
-        self._batches = BatchStream(data_loader)
+    def reset_data_loader(self, data_loader: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
+        """Draws the next batches from another loader, or one that is built, from its beginning."""
+        self.data_loader = data_loader() if callable(data_loader) else data_loader
+        self._batches = self._data_loader_iter = BatchStream(self.data_loader)  # detectron2's name
 
     @property
     def device(self) -> torch.device:
@@ -248,21 +251,24 @@ class SimpleTrainer(TrainerBase):
     def run_step(self) -> None:
         """One optimizer step: batches, losses, backward, clip, update."""
         start = time.perf_counter()
-        batches = self._draw_batches()
+        batches = self.draw_batches()
         data_time = time.perf_counter() - start
 
         self._is_inside_update = True
         self._guard.begin_step(self.model)
         self.optimizer.zero_grad()
         loss_dict = self._forward_backward(batches)
+        self.grad_scaler.unscale_(self.optimizer)
         self.after_backward()
         grad_norm = self.grad_clipper([p for g in self.optimizer.param_groups for p in g["params"]])
         if self._guard.must_skip(grad_norm):
             samples = self._batches.describe(self._metrics.places[self.iter], comm.get_rank())
             self._guard.skip(self.storage, loss_dict, samples)
         else:
+            grad_norm = self._guard.norm_of_update(grad_norm, self.grad_scaler)
             self._write_metrics(loss_dict, data_time, grad_norm=grad_norm)
-            self.optimizer.step()
+            self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
         self._is_inside_update = False
         self._step_hooks.note_update(self.iter)
 
@@ -270,7 +276,8 @@ class SimpleTrainer(TrainerBase):
         """Returns a batch on the model's device; override it for batches of your own kind."""
         return move_to(batch, self.device)
 
-    def _draw_batches(self) -> list[Any]:
+    def draw_batches(self) -> list[Any]:
+        """Returns the micro-batches of this step, for a `run_step` of your own too."""
         self._metrics.places[self.iter] = self._batches.place
         if self._batches.draws_global_randomness:
             self._seed_generators(tag=_FETCH_TAG)
@@ -288,9 +295,11 @@ class SimpleTrainer(TrainerBase):
             with reducing_gradients(self.model, index == len(batches) - 1):
                 with autocast(self.precision, self.device):
                     values, loss = parse_losses(self.model(self.move_batch(batches[index])))
-                (poisoned_if_not_finite(loss, self._guard.judges_now) * weight).backward()
+                self.grad_scaler.scale(poisoned(loss, self._guard.judges_now) * weight).backward()
             for name, value in {**values, "total_loss": loss}.items():
                 loss_dict[name] = value.detach() * weight + loss_dict.get(name, 0.0)
+        if self.iter == self.start_iter:
+            check_all_used(self.model)
         return loss_dict
 
     def _seed_generators(self, index: int = 0, tag: int = 0) -> None:
@@ -308,12 +317,14 @@ class SimpleTrainer(TrainerBase):
         if not self._metrics.put(self.storage, loss_dict, data_time, prefix, grad_norm):
             self.sync_metrics()
 
+    write_metrics = staticmethod(write_metrics)
+
     def sync_metrics(self) -> None:
         """Reduces metrics over ranks, checks that they are finite, and agrees on a stop.
 
-        Every rank calls it, in the same iteration: every `gather_metric_period` iterations, and
-        before each checkpoint and evaluation. NonFiniteError is raised on all ranks or none.
+        Every rank calls it, in the same iteration; NonFiniteError is raised on all ranks or none.
         """
+        check_scale(self.grad_scaler, self.iter)
         agreed = self._metrics.sync(self.storage, lambda *at: self._batches.describe(*at))
         if agreed is not None:
             super().request_stop(*agreed)
@@ -339,31 +350,13 @@ class SimpleTrainer(TrainerBase):
                 "in a hook's before_step or after_step."
             )
         self.sync_metrics()
-        state = comm.together(self._local_state)
-        ours = ("data", "rng", "buffers")
-        return {k: comm.all_gather(v) if k in ours else v for k, v in state.items()}
-
-    def _local_state(self) -> dict[str, Any]:
-        state = super().state_dict()
-        state["optimizer"] = self.optimizer.state_dict()
-        state["data"] = self._batches.state_dict()
-        state["buffers"] = own_buffers(self.model)
-        state["non_finite"] = self._guard.state_dict()
-        state["seed"] = self.seed
-        # With a seed too: hooks may draw, in the step that this cuts.
-        state["rng"] = get_rng_state(self.device)
-        return state
+        state = comm.together(lambda: {**TrainerBase.state_dict(self), **local_state(self)})
+        return {k: comm.all_gather(v) if k in PER_RANK else v for k, v in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`, that of another world size included."""
         super().load_state_dict(state)
-        check_same_kind(self.optimizer, state["optimizer"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.seed = state.get("seed", self.seed)
-        load_own_buffers(self.model, state.get("buffers", []))
-        if "data" in state:
-            self._batches.load_state_dict(state["data"][comm.get_rank() % len(state["data"])])
-        self._guard.load_state_dict(state.get("non_finite", {}))
+        load_local_state(self, state)
 
     def _begin(self, start_iter: int, max_iter: int) -> None:
         self._metrics.begin(start_iter)
@@ -381,7 +374,7 @@ class SimpleTrainer(TrainerBase):
 
 
 class AMPTrainer(SimpleTrainer):
-    """`SimpleTrainer` in mixed precision, given as a dtype (torch.bfloat16), as in detectron2."""
+    """`SimpleTrainer` in mixed precision with detectron2's arguments: a dtype, and a scaler."""
 
     def __init__(
         self,
@@ -389,11 +382,19 @@ class AMPTrainer(SimpleTrainer):
         data_loader: Iterable[Any],
         optimizer: torch.optim.Optimizer,
         gather_metric_period: int = 20,
-        *,
-        precision: torch.dtype = torch.bfloat16,
+        zero_grad_before_forward: bool = True,
+        grad_scaler: GradScaler | None = None,
+        precision: torch.dtype = torch.float16,
+        log_grad_scaler: bool = False,
         **kwargs: Any,
     ) -> None:
-        name = next((n for n, dtype in PRECISIONS.items() if dtype is precision), str(precision))
-        super().__init__(
-            model, data_loader, optimizer, gather_metric_period, precision=name, **kwargs
-        )
+        kwargs["precision"] = next((n for n, d in PRECISIONS.items() if d is precision), precision)
+        super().__init__(model, data_loader, optimizer, gather_metric_period, **kwargs)
+        self.grad_scaler = grad_scaler or self.grad_scaler
+        self._log_grad_scaler = log_grad_scaler
+
+    def run_step(self) -> None:
+        """One optimizer step; logging the scale waits for an accelerator."""
+        super().run_step()
+        if self._log_grad_scaler:
+            self.storage.put_scalar("[metric]grad_scaler", self.grad_scaler.get_scale())

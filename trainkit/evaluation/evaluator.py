@@ -1,12 +1,12 @@
 """The loop over a data set, and the interface of what judges its outputs."""
 
-import contextlib
 import datetime
 import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError
+from trainkit.utils.analysis import inference_context as inference_context  # detectron2's path
+from trainkit.utils.errors import ConfigError, UnknownNameError
 from trainkit.utils.nested import move_to
 from trainkit.utils.period import is_due
 from trainkit.utils.stop_signals import raise_if_stopping
 
 _LOG_PERIOD_SECONDS = 5.0
+_MOMENTS = ("on_start", "before_inference", "after_inference", "on_end")
 # Batches between two agreements of several ranks on whether to leave.
 _STOP_PERIOD = 20
 
@@ -90,64 +92,63 @@ class DatasetEvaluators(DatasetEvaluator):
         return merged
 
 
-@contextlib.contextmanager
-def inference_context(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and afterwards each of its modules as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def inference_on_dataset(
     model: nn.Module,
     data_loader: Iterable[Any],
     evaluator: DatasetEvaluator | Sequence[DatasetEvaluator] | None,
+    callbacks: Mapping[str, Callable[[], object]] | None = None,
     *,
     limit_batches: int | None = None,
     move_batch: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Runs a model over a data set in evaluation mode, without gradients.
 
-    Nothing in the loop waits for the device, unless the evaluator does.
+    Nothing in the loop waits for the device, unless the evaluator does; it may run under autocast.
 
     Args:
         model: Takes a batch; on every rank the same.
         data_loader: This rank's share of the batches; need not have a length.
         evaluator: Judges the outputs; a list is merged, None only runs the model.
+        callbacks: Functions without arguments: "on_start" and "on_end" run before and after all
+            batches, "before_inference" and "after_inference" around each call of the model.
         limit_batches: At most so many batches on each rank; None runs all.
-        move_batch: Returns a batch as the model wants it; None moves its tensors to the model's
-            device.
+        move_batch: Readies a batch for the model; None moves its tensors to the model's device.
 
     Returns:
         What the evaluator returned; {} for None.
 
     Raises:
+        UnknownNameError: If a callback has another name.
         StopRequested: On every rank, if a signal asked any of them to leave.
     """
+    call = _calling(callbacks or {})
     if evaluator is None or isinstance(evaluator, Sequence):
         evaluator = DatasetEvaluators(evaluator or [])
     if isinstance(model, DistributedDataParallel):
         # Its forward may broadcast buffers, and ranks may have different numbers of batches.
         model = model.module
-    if move_batch is None:
-        device = _device_of(model)
-
-        def move_batch(batch: Any) -> Any:
-            return move_to(batch, device)
-
+    move_batch = move_batch or partial(move_to, device=_device_of(model))
     evaluator.reset()
     # Not inference_mode: what a model caches in evaluation could then never be trained with.
     with inference_context(model), torch.no_grad():
+        call("on_start")
         for batch in _until_stopped(data_loader, limit_batches):
             inputs = move_batch(batch)
-            evaluator.process(inputs, model(inputs))
+            call("before_inference")
+            outputs = model(inputs)
+            call("after_inference")
+            evaluator.process(inputs, outputs)
+        call("on_end")
     # Once more, when all have come to their ends.
     raise_if_stopping()
     return _as_dict(evaluator.evaluate(), type(evaluator).__name__)
+
+
+def _calling(callbacks: Mapping[str, Callable[[], object]]) -> Callable[[str], object]:
+    for name in callbacks:
+        if name not in _MOMENTS:
+            raise UnknownNameError("callback", name, _MOMENTS)
+    return lambda moment: callbacks[moment]() if moment in callbacks else None
 
 
 def _as_dict(results: Any, evaluator: str) -> dict[str, Any]:

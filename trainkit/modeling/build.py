@@ -46,6 +46,9 @@ def build_backbone(cfg: CfgNode) -> nn.Module:
 
 def _build(registered: Any, cfg: CfgNode) -> nn.Module:
     from_config = getattr(registered, "from_config", None)
+    if any(hasattr(x, "__wrapped__") for x in (registered, registered.__init__)):
+        # @configurable: the call itself takes the config.
+        from_config = None
     module = registered(cfg) if from_config is None else from_config(cfg)
     if not isinstance(module, nn.Module):
         raise TypeError(

@@ -1,34 +1,30 @@
 """Optimizers and schedules from a config, and the parameter groups in between."""
 
+import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
     CosineParamScheduler,
+    ExponentialParamScheduler,
+    LinearParamScheduler,
     ParamScheduler,
+    PolynomialDecayParamScheduler,
     StepWithFixedGammaParamScheduler,
 )
 from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from trainkit.solver.layer_decay import NORM_MODULE_TYPES, layer_decay_func
 from trainkit.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler, multi_step_schedule
 from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
-
-NORM_MODULE_TYPES = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
-"""Modules whose parameters get `SOLVER.WEIGHT_DECAY_NORM`."""
+from trainkit.utils.registry import locate
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Device types on which torch's SGD, Adam and AdamW have fused kernels."""
@@ -36,22 +32,28 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _PER_PARAM_KEYS = ("params", "param_names")
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds `SOLVER.OPTIMIZER` (SGD, Adam or AdamW) over the model's trainable parameters.
+def build_optimizer(
+    cfg: CfgNode, model: nn.Module, lr_factor_func: Callable[[str], float] | None = None
+) -> Optimizer:
+    """Builds `SOLVER.OPTIMIZER` over the model's trainable parameters.
+
+    Args:
+        cfg: `SOLVER.OPTIMIZER` is a name in `torch.optim`, or that of any subclass of
+            `torch.optim.Optimizer` with its module, which is imported: "package.module.Class".
+        model: Its parameters' groups tell their names, as "param_names".
+        lr_factor_func: Takes a parameter's full name and returns a factor of its learning rate,
+            beside that of `SOLVER.LAYER_DECAY`.
 
     Raises:
-        UnknownNameError: If the optimizer is another one.
-        ConfigError: If nothing in the model is trainable, or torch refuses the settings.
+        UnknownNameError: If there is no such optimizer, or it does not take an argument of
+            `SOLVER.OPTIMIZER_ARGS`.
+        ConfigError: If nothing in the model is trainable, or the optimizer refuses the settings.
     """
     solver = cfg.SOLVER
-    optimizers: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-        "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}),
-        "Adam": (torch.optim.Adam, {"betas": tuple(solver.BETAS)}),
-        "AdamW": (torch.optim.AdamW, {"betas": tuple(solver.BETAS)}),
-    }
-    if solver.OPTIMIZER not in optimizers:
-        raise UnknownNameError("SOLVER.OPTIMIZER", solver.OPTIMIZER, optimizers)
-    optimizer_class, settings = optimizers[solver.OPTIMIZER]
+    optimizer_class = _optimizer_class(solver.OPTIMIZER)
+    factors = [] if lr_factor_func is None else [lr_factor_func]
+    if solver.LAYER_DECAY != 1.0:
+        factors.append(layer_decay_func(model, solver.LAYER_DECAY))
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
@@ -59,16 +61,63 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lambda name: math.prod(factor(name) for factor in factors),
     )
     if not groups:
         raise ConfigError(
             f"{type(model).__name__} has no parameter that is trainable, so there is nothing to "
             "optimize. Set requires_grad on what is to be trained."
         )
+    settings = _settings(solver, optimizer_class, groups)
     try:
-        return optimizer_class(groups, **settings, **_implementation(groups))
-    except ValueError as error:
+        return optimizer_class(groups, **settings)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"SOLVER does not make a {solver.OPTIMIZER}: {error}.") from error
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    known = {key: value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
+    if name not in known and "." not in name:
+        raise UnknownNameError("SOLVER.OPTIMIZER", name, known)
+    found: type[Optimizer] = known[name] if name in known else locate(name)
+    if not _is_optimizer(found):
+        raise ConfigError(
+            f"SOLVER.OPTIMIZER is {name!r}, which is {found!r}, but has to name a subclass of "
+            "torch.optim.Optimizer, such as AdamW or torch.optim.NAdam."
+        )
+    return found
+
+
+def _is_optimizer(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, Optimizer) and found is not Optimizer
+
+
+def _settings(
+    solver: CfgNode, optimizer_class: type[Optimizer], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns what an optimizer is made with, besides its groups."""
+    # A new key has no type of its own: what the command line gives, or `1e-8` in YAML, is a string.
+    args = {key: CfgNode._decode_cfg_value(v) for key, v in solver.OPTIMIZER_ARGS.items()}
+    parameters = inspect.signature(optimizer_class).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        # The groups bring these.
+        accepted = parameters.keys() - {"params", "lr", "weight_decay"}
+        for key in sorted(args.keys() - accepted):
+            kind = f"argument (SOLVER.OPTIMIZER_ARGS) of {solver.OPTIMIZER}"
+            raise UnknownNameError(kind, key, accepted)
+        if "weight_decay" not in parameters and any(g["weight_decay"] for g in groups):
+            raise ConfigError(
+                f"SOLVER.WEIGHT_DECAY is {solver.WEIGHT_DECAY}, but {solver.OPTIMIZER} has no "
+                "weight decay. Set it, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS to 0."
+            )
+    settings: dict[str, Any] = {}
+    if optimizer_class in (Adam, AdamW):
+        settings = {"betas": tuple(solver.BETAS)}
+    elif optimizer_class is SGD:
+        settings = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    if settings and not args.keys() & {"fused", "foreach"}:
+        settings |= _implementation(groups)
+    return settings | args
 
 
 def _implementation(groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +130,7 @@ def _implementation(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {"foreach": True}
 
 
-def optimizer_implementation(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_implementation(optimizer: Optimizer) -> str:
     """Returns "fused", "foreach" or "for-loop": how this optimizer updates its parameters now.
 
     The three differ in the last bits of their results. Loading an optimizer's state may change the
@@ -93,15 +142,21 @@ def optimizer_implementation(optimizer: torch.optim.Optimizer) -> str:
     return "foreach" if all(map(_is_foreach, groups)) else "for-loop"
 
 
-def check_same_kind(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def check_same_kind(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Checks that an optimizer's state is of its kind, which torch finds out too late or never.
 
     Raises:
-        CheckpointError: If one is of SGD's kind (momentum), the other of Adam's (betas).
+        CheckpointError: If one is of SGD's kind (momentum), the other of Adam's (betas), or each
+            has settings that the other has not.
     """
-    own, saved = optimizer.param_groups, state["param_groups"]
-    for setting in ("momentum", "betas"):
-        if any(setting in group for group in own) != any(setting in group for group in saved):
+    own, saved = (
+        {key for group in groups for key in group} - {"param_names", "initial_lr"}
+        for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    # Another version of torch has more settings or fewer, not both.
+    others = sorted(own ^ saved) if own - saved and saved - own else ()
+    for setting in ("momentum", "betas", *others):
+        if setting in own ^ saved:
             raise CheckpointError(
                 f"The checkpoint's optimizer is not a {type(optimizer).__name__}: only one of the "
                 f"two has {setting!r}. Resume with the SOLVER.OPTIMIZER of the run, or take over "
@@ -129,68 +184,56 @@ def get_default_optimizer_params(
 ) -> list[dict[str, Any]]:
     """Returns a model's trainable parameters as few groups of equal settings, for an optimizer.
 
-    A shared parameter counts once, where it stands first. Where several arguments fit a parameter,
-    what is set for norms yields to what is set for biases, and all yield to `overrides`.
+    A shared parameter counts once, where it stands first. Factors multiply, a weight decay for
+    norms yields to one for biases, and all yield to `overrides`. "param_names" are the full names.
 
     Args:
         model: Its frozen parameters are left out.
         base_lr: Learning rate of every group; None leaves it to the optimizer.
         weight_decay: Weight decay of every group; None leaves it to the optimizer.
-        weight_decay_norm: Weight decay of the parameters of `NORM_MODULE_TYPES`; None is as others.
-        bias_lr_factor: Multiplies `base_lr` for parameters that are called "bias".
-        weight_decay_bias: Weight decay of parameters that are called "bias", those of norms too;
-            None is as others.
-        lr_factor_func: Takes a parameter's full name and returns the factor of its learning rate,
-            as for layer-wise decay; biases with a `bias_lr_factor` other than 1 are not asked.
-        overrides: Settings by a parameter's name inside its module, as
-            `{"embedding": {"lr": 0.1, "weight_decay": 0.0}}`.
+        weight_decay_norm: Weight decay of `NORM_MODULE_TYPES`; None is as others.
+        bias_lr_factor: Multiplies the learning rate of parameters that are called "bias".
+        weight_decay_bias: Weight decay of parameters called "bias"; None is as others.
+        lr_factor_func: From a full name to a factor of its rate, as `layer_decay_func` makes them.
+        overrides: Settings by a parameter's name in its module: `{"embedding": {"lr": 0.1}}`.
 
     Raises:
         ConfigError: If a factor is given without `base_lr`, or "bias" is set in two ways.
+        UnknownNameError: If no parameter has a name of `overrides`.
     """
-    bias_lr_factor = None if bias_lr_factor == 1.0 else bias_lr_factor
-    if base_lr is None and (bias_lr_factor is not None or lr_factor_func is not None):
-        raise ConfigError(
-            "bias_lr_factor and lr_factor_func multiply base_lr: give base_lr as well."
-        )
-    bias_lr = None if base_lr is None or bias_lr_factor is None else base_lr * bias_lr_factor
-    bias = _given(lr=bias_lr, weight_decay=weight_decay_bias)
-    by_name = _with_bias(overrides or {}, bias)
+    bias_lr_factor, overrides = 1.0 if bias_lr_factor is None else bias_lr_factor, overrides or {}
+    if base_lr is None and (bias_lr_factor != 1.0 or lr_factor_func):
+        raise ConfigError("bias_lr_factor, lr_factor_func multiply base_lr: give base_lr as well.")
+    _check_overrides(model, overrides, (bias_lr_factor, weight_decay_bias) != (1.0, None))
+    bias_lr = None if base_lr is None else base_lr * bias_lr_factor
     groups = []
-    for module, module_name, name, param in _trainable_parameters(model):
+    for full_name, param in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        path, _, name = full_name.rpartition(".")
         settings = _given(lr=base_lr, weight_decay=weight_decay)
-        if isinstance(module, NORM_MODULE_TYPES):
+        if isinstance(model.get_submodule(path), NORM_MODULE_TYPES):
             settings |= _given(weight_decay=weight_decay_norm)
-        if lr_factor_func is not None:
-            settings["lr"] *= lr_factor_func(f"{module_name}.{name}".lstrip("."))
-        groups.append({"params": [param], **settings, **by_name.get(name, {})})
+        if name == "bias":
+            settings |= _given(lr=bias_lr, weight_decay=weight_decay_bias)
+        if lr_factor_func:
+            settings["lr"] *= lr_factor_func(full_name)
+        own = {"params": [param], "param_names": [full_name]}
+        groups.append({**own, **settings, **overrides.get(name, {})})
     return reduce_param_groups(groups)
 
 
-def _with_bias(
-    overrides: Mapping[str, Mapping[str, Any]], bias: Mapping[str, Any]
-) -> dict[str, Mapping[str, Any]]:
-    if bias and "bias" in overrides:
+def _check_overrides(model: nn.Module, overrides: Mapping[str, Any], sets_bias: bool) -> None:
+    if "bias" in overrides and sets_bias:
         raise ConfigError(
             f"overrides set 'bias' to {dict(overrides['bias'])}, and bias_lr_factor or "
-            f"weight_decay_bias set it to {dict(bias)}. Use one of the two ways."
+            "weight_decay_bias set it too. Use one of the two ways."
         )
-    return {**overrides, "bias": bias} if bias else dict(overrides)
+    known = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    for unknown in sorted(overrides.keys() - known):
+        raise UnknownNameError("parameter (overrides)", unknown, known)
 
 
 def _given(**settings: float | None) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def _trainable_parameters(
-    model: nn.Module,
-) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
-    seen: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules():
-        for name, param in module.named_parameters(recurse=False):
-            if param.requires_grad and param not in seen:
-                seen.add(param)
-                yield module, module_name, name, param
 
 
 def reduce_param_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -220,15 +263,19 @@ def reduce_param_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, A
     return [{**lists, **settings} for settings, lists in merged]
 
 
-def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-    """Builds `SOLVER.LR_SCHEDULER_NAME` with its warmup.
+def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+    """Builds `SOLVER.LR_SCHEDULER_NAME`: an fvcore schedule with its warmup, or torch's plateau.
+
+    Returns:
+        An `LRMultiplier`, to be stepped after each iteration; or a `ReduceLROnPlateau`, to be
+        stepped with `SOLVER.PLATEAU.METRIC` after each evaluation.
 
     Raises:
         UnknownNameError: If the schedule, or the method of warmup, is unknown.
         ConfigError: If the warmup is longer than the run, or the schedule's settings do not fit.
     """
     solver = cfg.SOLVER
-    max_iter, warmup_iters = solver.MAX_ITER, solver.WARMUP_ITERS
+    name, max_iter, warmup_iters = solver.LR_SCHEDULER_NAME, solver.MAX_ITER, solver.WARMUP_ITERS
     if max_iter < 1:
         raise ConfigError(f"SOLVER.MAX_ITER is {max_iter}, but a run has at least 1 iteration.")
     if warmup_iters > max_iter:
@@ -236,22 +283,29 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
             f"SOLVER.WARMUP_ITERS is {warmup_iters} but SOLVER.MAX_ITER is only {max_iter}, so "
             "training would end inside the warmup. Lower WARMUP_ITERS or raise MAX_ITER."
         )
-    schedules = {
-        "WarmupMultiStepLR": _multi_step,
-        "WarmupCosineLR": _cosine,
-        "WarmupStepWithFixedGammaLR": _step_with_fixed_gamma,
-    }
-    name = solver.LR_SCHEDULER_NAME
-    if name not in schedules:
-        raise UnknownNameError("SOLVER.LR_SCHEDULER_NAME", name, schedules)
+    if name == "ReduceLROnPlateau":
+        return _plateau(solver, optimizer)
+    if name not in _SCHEDULES:
+        raise UnknownNameError("SOLVER.LR_SCHEDULER_NAME", name, [*_SCHEDULES, "ReduceLROnPlateau"])
     schedule = WarmupParamScheduler(
-        schedules[name](solver),
+        _SCHEDULES[name](solver),
         solver.WARMUP_FACTOR,
         warmup_iters / max_iter,
         solver.WARMUP_METHOD,
         solver.RESCALE_INTERVAL,
     )
     return LRMultiplier(optimizer, schedule, max_iter)
+
+
+def _plateau(solver: CfgNode, optimizer: Optimizer) -> ReduceLROnPlateau:
+    plateau = solver.PLATEAU
+    if solver.WARMUP_ITERS or not plateau.METRIC:
+        raise ConfigError(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS} and SOLVER.PLATEAU.METRIC is "
+            f"{plateau.METRIC!r}, but ReduceLROnPlateau has no warmup and needs a metric: set the "
+            "first to 0, and the second to a result of evaluation such as classification/top1."
+        )
+    return ReduceLROnPlateau(optimizer, plateau.MODE, plateau.FACTOR, plateau.PATIENCE)
 
 
 def _multi_step(solver: CfgNode) -> ParamScheduler:
@@ -266,13 +320,15 @@ def _multi_step(solver: CfgNode) -> ParamScheduler:
     return schedule
 
 
-def _cosine(solver: CfgNode) -> ParamScheduler:
-    if not 0 <= solver.BASE_LR_END <= solver.BASE_LR or solver.BASE_LR == 0:
+def _end(solver: CfgNode) -> float:
+    """Returns the multiplier at the end of a falling schedule."""
+    name, lr, end = solver.LR_SCHEDULER_NAME, solver.BASE_LR, solver.BASE_LR_END
+    if not 0 <= end <= lr or lr == 0 or (end == 0 and name == "WarmupExponentialLR"):
         raise ConfigError(
-            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END} and SOLVER.BASE_LR is {solver.BASE_LR}, "
-            "but a cosine falls: the end has to be in [0, BASE_LR], and BASE_LR above 0."
+            f"SOLVER.BASE_LR_END is {end} and SOLVER.BASE_LR is {lr}, but {name} falls: the end "
+            "has to be in [0, BASE_LR], for an exponential above 0, and BASE_LR above 0."
         )
-    return CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR)
+    return float(end / lr)
 
 
 def _step_with_fixed_gamma(solver: CfgNode) -> ParamScheduler:
@@ -284,3 +340,15 @@ def _step_with_fixed_gamma(solver: CfgNode) -> ParamScheduler:
     return StepWithFixedGammaParamScheduler(
         1.0, num_decays=solver.NUM_DECAYS, gamma=solver.GAMMA, num_updates=solver.MAX_ITER
     )
+
+
+# They multiply BASE_LR.
+_SCHEDULES: dict[str, Callable[[CfgNode], ParamScheduler]] = {
+    "WarmupConstantLR": lambda solver: ConstantParamScheduler(1.0),
+    "WarmupCosineLR": lambda solver: CosineParamScheduler(1.0, _end(solver)),
+    "WarmupExponentialLR": lambda solver: ExponentialParamScheduler(1.0, _end(solver)),
+    "WarmupLinearLR": lambda solver: LinearParamScheduler(1.0, _end(solver)),
+    "WarmupPolyLR": lambda solver: PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),
+    "WarmupMultiStepLR": _multi_step,
+    "WarmupStepWithFixedGammaLR": _step_with_fixed_gamma,
+}

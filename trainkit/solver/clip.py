@@ -1,14 +1,18 @@
 """Gradient clipping that also tells the gradient norm, without waiting for the device."""
 
 from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from fvcore.common.config import CfgNode
+from torch.optim import Optimizer
 
 from trainkit.utils.errors import ConfigError, UnknownNameError
 
 CLIP_TYPES = ("full_model", "norm", "value")
 """What `SOLVER.CLIP_GRADIENTS.CLIP_TYPE` may be."""
+
+_OptimizerOrClass = TypeVar("_OptimizerOrClass", bound=Optimizer | type[Optimizer])
 
 
 def total_grad_norm(
@@ -107,3 +111,36 @@ def build_grad_clipper(cfg: CfgNode) -> GradientClipper | None:
     if not clip.ENABLED:
         return None
     return GradientClipper(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+
+def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: _OptimizerOrClass) -> _OptimizerOrClass:
+    """Has an optimizer clip in its `step`, if `SOLVER.CLIP_GRADIENTS` asks for it.
+
+    For loops of your own: trainkit's trainers clip by themselves, and tell the norm. With a
+    closure, what is clipped are the gradients that it computes.
+
+    Returns:
+        The same optimizer; or of a class of optimizers, a subclass.
+    """
+    clipper = build_grad_clipper(cfg)
+    if clipper is None:
+        return optimizer
+
+    def clip_first(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None:
+            return args[:1], {"closure": lambda: (closure(), clipper(parameters))[0]}
+        clipper(parameters)
+        return None
+
+    if isinstance(optimizer, Optimizer):
+        optimizer.register_step_pre_hook(clip_first)
+        return optimizer
+    base: Any = optimizer
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        self.register_step_pre_hook(clip_first)
+
+    return cast(_OptimizerOrClass, type(base.__name__, (base,), {"__init__": init}))

@@ -212,12 +212,8 @@ class WarmupCosineLR(LRMultiplier):
     The cosine is Loshchilov and Hutter, "SGDR" (arXiv:1608.03983), eq. 5, without restarts.
 
     Args:
-        optimizer: As of `LRMultiplier`.
-        max_iters: Number of iterations of the whole run.
-        warmup_factor: Multiplier at iteration 0.
-        warmup_iters: Number of iterations of warmup, at most `max_iters`.
-        warmup_method: "linear" or "constant".
-        last_epoch: The 0-based iteration that was done last; -1 before the first.
+        max_iters: Number of iterations of the whole run, at least `warmup_iters`.
+        optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: See above.
     """
 
     def __init__(

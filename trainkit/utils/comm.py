@@ -6,15 +6,20 @@ touches a device.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from trainkit.utils.errors import USER_ERRORS, CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 T = TypeVar("T")
+_local_groups: "weakref.WeakKeyDictionary[Any, ProcessGroup]" = weakref.WeakKeyDictionary()
 
 
 def _is_initialized() -> bool:
@@ -52,22 +57,82 @@ def synchronize() -> None:
         dist.barrier()
 
 
-def all_gather(data: Any) -> list[Any]:
-    """Collects one picklable object from every process, in rank order, on every process."""
-    if get_world_size() == 1:
-        return [data]
-    gathered: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(gathered, data)
+def create_local_process_group(num_workers_per_machine: int) -> None:
+    """Makes a group of each machine's processes; every process calls it, with the same number.
+
+    Raises:
+        ConfigError: If the number of processes is not a multiple of `num_workers_per_machine`.
+    """
+    world_size = get_world_size()
+    if num_workers_per_machine < 1 or world_size % num_workers_per_machine:
+        raise ConfigError(
+            f"{world_size} processes cannot be {num_workers_per_machine} on each machine. Start "
+            "equally many on all machines."
+        )
+    # Every process takes part in making every group.
+    for first in range(0, world_size, num_workers_per_machine):
+        ranks = list(range(first, first + num_workers_per_machine))
+        group = dist.new_group(ranks)
+        if get_rank() in ranks:
+            # A group goes with its world: a new world makes one of its own.
+            _local_groups[dist.group.WORLD] = group
+
+
+def get_local_process_group() -> "ProcessGroup":
+    """Returns the group of this machine's processes, for `torch.distributed`'s functions.
+
+    Every process calls it the first time, when it makes the group unless that was made before.
+    """
+    if dist.group.WORLD not in _local_groups:
+        create_local_process_group(get_local_size())
+    return _local_groups[dist.group.WORLD]
+
+
+def all_gather(data: Any, group: "ProcessGroup | None" = None) -> list[Any]:
+    """Collects one picklable object from every process, in rank order, on every process.
+
+    Args:
+        data: What this process gives.
+        group: Collects from its processes only; one that is not among them gets an empty list.
+    """
+    size = len(_ranks_of(group))
+    if size <= 1:
+        return [data] * size
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, data, group=group)
     return gathered
 
 
-def gather(data: Any, dst: int = 0) -> list[Any]:
-    """Like `all_gather`, but only rank `dst` receives the list; the others receive an empty one."""
-    if get_world_size() == 1:
+def gather(data: Any, dst: int = 0, group: "ProcessGroup | None" = None) -> list[Any]:
+    """Like `all_gather`, but only one process receives the list; the others receive an empty one.
+
+    Args:
+        data: What this process gives.
+        dst: Who receives: its rank among all processes, also if there is a group.
+        group: Collects from its processes only.
+
+    Raises:
+        ConfigError: On the group's processes, if `dst` is not one of them.
+    """
+    ranks = _ranks_of(group)
+    if not ranks:
+        return []
+    if dst not in ranks:
+        raise ConfigError(
+            f"Rank {dst} cannot receive what the ranks {ranks} give. Name one of them."
+        )
+    if len(ranks) == 1:
         return [data]
-    gathered: list[Any] | None = [None] * get_world_size() if get_rank() == dst else None
-    dist.gather_object(data, gathered, dst=dst)
+    gathered: list[Any] | None = [None] * len(ranks) if get_rank() == dst else None
+    dist.gather_object(data, gathered, dst=dst, group=group)
     return gathered or []
+
+
+def _ranks_of(group: "ProcessGroup | None") -> list[int]:
+    """Returns the ranks of a group's processes, none in a process that is not one of them."""
+    if group is None:
+        return list(range(get_world_size()))
+    return dist.get_process_group_ranks(group) if dist.get_world_size(group) > 0 else []
 
 
 def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,6 +147,35 @@ def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(tensor) for _ in range(get_world_size())]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.stack(gathered)
+
+
+def reduce_dict(
+    input_dict: Mapping[str, torch.Tensor], average: bool = True
+) -> dict[str, torch.Tensor]:
+    """Sums or averages tensors over all processes, each of which gets the same result.
+
+    Args:
+        input_dict: Tensors of one shape, dtype and device under the same names on every process.
+        average: Whether to average.
+
+    Returns:
+        The results, without a graph.
+
+    Raises:
+        ConfigError: On every rank, if their names differ.
+    """
+    names = sorted(input_dict)
+    names_of_ranks = all_gather(names)
+    if any(names != others for others in names_of_ranks):
+        raise ConfigError(
+            f"reduce_dict got different names on different ranks: {names_of_ranks}. Give the same "
+            "names on all ranks, as with a value of 0 where there is none."
+        )
+    if get_world_size() == 1 or not names:
+        return {name: input_dict[name].detach() for name in names}
+    values = torch.stack([input_dict[name].detach() for name in names])
+    dist.all_reduce(values)
+    return dict(zip(names, values / get_world_size() if average else values, strict=True))
 
 
 def broadcast(data: T) -> T:

@@ -7,7 +7,7 @@ import torch
 from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast dtype of each `SOLVER.PRECISION`; None runs without autocast."""
 
 
@@ -56,8 +56,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """
     if precision not in PRECISIONS:
         raise ConfigError(
-            f"The precision (SOLVER.PRECISION) is {precision!r}; known: {', '.join(PRECISIONS)}. "
-            "fp16, which needs a gradient scaler, is not there yet: use bf16."
+            f"The precision (SOLVER.PRECISION) is {precision!r}; known: {', '.join(PRECISIONS)}."
         )
     dtype = PRECISIONS[precision]
     if dtype is None:

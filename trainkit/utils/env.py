@@ -1,10 +1,13 @@
 """Facts about the environment, and the seed of a whole process."""
 
+import importlib
 import logging
 import os
+import runpy
 
 import torch
 
+from trainkit.utils.errors import ConfigError
 from trainkit.utils.random import seed_generators
 
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -26,3 +29,28 @@ def seed_all_rng(seed: int | None = None) -> int:
     seed_generators(seed)
     torch.cuda.manual_seed(seed)  # Waits for CUDA's first use; does nothing where there is none.
     return seed
+
+
+def setup_environment() -> None:
+    """Calls the `setup_environment()` of the module that $TRAINKIT_ENV_MODULE names, if it is set.
+
+    There a site prepares each process before it trains: registers path handlers, sets libraries up.
+    The variable is a module's dotted name, or the path of a Python file.
+
+    Raises:
+        ConfigError: If there is no such module or file, or no such function in it.
+    """
+    name = os.environ.get("TRAINKIT_ENV_MODULE", "")
+    if not name:
+        return
+    try:
+        names = (
+            runpy.run_path(name) if name.endswith(".py") else vars(importlib.import_module(name))
+        )
+        setup = names["setup_environment"]
+    except (ImportError, OSError, KeyError) as e:
+        raise ConfigError(
+            f"TRAINKIT_ENV_MODULE is {name!r}, where no setup_environment() is found: {e!r}. Name "
+            "a module or a .py file that defines that function, or unset the variable."
+        ) from e
+    setup()

@@ -9,12 +9,38 @@ from typing import Any
 from urllib.parse import urlparse
 
 from iopath.common.download import download
-from iopath.common.file_io import HTTPURLHandler, PathManagerFactory, file_lock, get_cache_dir
+from iopath.common.file_io import (
+    HTTPURLHandler,
+    NativePathHandler,
+    PathHandler,
+    PathManagerFactory,
+    file_lock,
+    get_cache_dir,
+)
 
 from trainkit.utils.errors import ConfigError
 
+__all__ = [
+    "PathHandler",
+    "PathManager",
+    "leads_out",
+    "publish",
+    "sync_folder",
+    "write_atomically",
+]
+
 PathManager = PathManagerFactory.get("trainkit")
 """Opens local paths and web addresses with a SHA-256; register handlers for other schemes on it."""
+
+
+class _NativeHandler(NativePathHandler):
+    """Paths of this machine; iopath's own handler forgets `set_cwd` in these two."""
+
+    def _rm(self, path: str, **kwargs: Any) -> None:
+        super()._rm(self._get_path_with_cwd(path), **kwargs)
+
+    def _mkdirs(self, path: str, **kwargs: Any) -> None:
+        super()._mkdirs(self._get_path_with_cwd(path), **kwargs)
 
 
 class _WebHandler(HTTPURLHandler):
@@ -53,6 +79,7 @@ class _WebHandler(HTTPURLHandler):
 
 if not any(isinstance(h, HTTPURLHandler) for h in PathManager._path_handlers.values()):
     PathManager.register_handler(_WebHandler())
+    PathManager._native_path_handler = _NativeHandler()
 
 
 def leads_out(path: str | os.PathLike[str]) -> bool:

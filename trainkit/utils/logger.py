@@ -6,13 +6,17 @@ puts on the package's logger.
 
 import copy
 import logging
+import math
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from tabulate import tabulate
 from termcolor import colored
 
 from trainkit.utils.file_io import leads_out
@@ -68,6 +72,8 @@ def setup_logger(
     color: bool = True,
     name: str = "trainkit",
     abbrev_name: str | None = None,
+    enable_propagation: bool = False,
+    configure_stdout: bool = True,
 ) -> logging.Logger:
     """Sends what `name` and its children log to rank 0's standard output and to a file per rank.
 
@@ -79,20 +85,23 @@ def setup_logger(
             and appended to when it is there. None keeps the file of an earlier call, if any.
         distributed_rank: Rank of this process; only 0 prints.
         color: Whether to color what is printed, where that is a terminal.
-        name: Root of the loggers to set up. Set up your own package by another call.
+        name: Root of the loggers to set up. Set up your own package by another call; both may write
+            to one file.
         abbrev_name: What to print for `name`; itself by default.
+        enable_propagation: Whether handlers of the root logger see the records too, and print them
+            once more if they print.
+        configure_stdout: Whether to print at all.
 
     Returns:
         The logger called `name`.
     """
     logger = logging.getLogger(name)
     logger.setLevel(logging.DEBUG)
-    # What the root logger's handlers print would come twice.
-    logger.propagate = False
+    logger.propagate = enable_propagation
     abbrev_name = name if abbrev_name is None else abbrev_name
 
     _remove_handlers(logger, _StdoutHandler)
-    if distributed_rank == 0:
+    if distributed_rank == 0 and configure_stdout:
         stdout = _StdoutHandler()
         stdout.setFormatter(_Formatter(name, abbrev_name, color))
         logger.addHandler(stdout)
@@ -120,6 +129,7 @@ def _log_file(output: Path, rank: int) -> Path:
 
 
 _counts: Counter[Hashable] = Counter()
+_last_seconds: dict[Hashable, float] = {}
 
 
 def log_first_n(
@@ -162,6 +172,27 @@ def log_every_n(level: int, message: str, n: int = 1, *, name: str | None = None
     _counts[counted] += 1
     if (_counts[counted] - 1) % n == 0:
         _logger_of(frame, name).log(level, message, stacklevel=2)
+
+
+def log_every_n_seconds(level: int, message: str, n: float = 1, *, name: str | None = None) -> None:
+    """Logs unless one line of code has logged in the last `n` seconds; else as `log_every_n`."""
+    frame = sys._getframe(1)
+    now = time.monotonic()
+    if now - _last_seconds.get(_place(frame), -math.inf) >= n:
+        _last_seconds[_place(frame)] = now
+        _logger_of(frame, name).log(level, message, stacklevel=2)
+
+
+def create_small_table(small_dict: Mapping[str, Any]) -> str:
+    """Returns a table of a few values in one row under their names; floats get three decimals.
+
+    Example:
+        >>> print(create_small_table({"top1": 0.91044, "top5": 0.9961}))
+        |   top1 |   top5 |
+        |--------|--------|
+        |  0.910 |  0.996 |
+    """
+    return tabulate([list(small_dict.values())], list(small_dict), "github", floatfmt=".3f")
 
 
 def _place(frame: FrameType) -> tuple[str, int]:

@@ -17,7 +17,7 @@ def test_each_function_is_called_in_its_place_with_the_trainer(simple: Any, meth
     assert calls == [trainer] * num_calls
 
 
-def test_functions_are_called_again_in_a_second_run(loop: Any) -> None:
+def test_d11_functions_are_called_again_in_a_second_run(loop: Any) -> None:
     trainer = loop()
     ends: list[int] = []
     trainer.register_hooks([CallbackHook(after_train=lambda t: ends.append(t.iter))])

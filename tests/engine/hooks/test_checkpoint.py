@@ -175,7 +175,7 @@ def test_a_second_run_saves_its_end_again(trainer: SimpleTrainer, tmp_path: Path
     assert content(tmp_path, "model_final")["iteration"] == 3
 
 
-def test_no_checkpoint_holds_a_bad_step(trainer: SimpleTrainer, tmp_path: Path) -> None:
+def test_d03_no_checkpoint_holds_a_bad_step(trainer: SimpleTrainer, tmp_path: Path) -> None:
     def poison(trainer: SimpleTrainer) -> None:
         if trainer.iter == 3:
             # As an accelerator's value does, it comes over later.
@@ -212,9 +212,6 @@ def best(trainer: SimpleTrainer, folder: Path, **kwargs: Any) -> BestCheckpointe
         ("max", {0: 0.1, 99: 0.3}, 4),
         # An equal one is no better.
         ("max", {0: 0.3, 1: 0.3}, 0),
-        ("max", {0: math.nan, 1: 0.1, 2: math.inf, 3: math.nan}, 1),
-        ("min", {0: 0.1, 1: -math.inf, 2: math.nan}, 0),
-        ("max", {0: -math.inf, 1: -5.0}, 1),
     ],
 )
 def test_the_best_model_is_kept(
@@ -223,20 +220,69 @@ def test_the_best_model_is_kept(
     evaluating(trainer, values, best(trainer, tmp_path, mode=mode, file_prefix="top"))
     trainer.train(0, 5)
     assert saved(tmp_path) == ["top"]
-    data = content(tmp_path, "top")
-    assert (data["iteration"], data["trainer"]["iteration"]) == (best_iter, best_iter)
-    assert not (tmp_path / "last_checkpoint").exists()
+    assert content(tmp_path, "top")["iteration"] == best_iter
 
 
-def test_a_metric_of_earlier_weights_is_not_attributed_to_later_ones(
+@pytest.mark.parametrize(
+    ("mode", "values", "best_iter"),
+    [
+        ("max", {0: math.nan, 1: 0.1, 2: math.inf, 3: math.nan}, 1),
+        ("min", {0: 0.1, 1: -math.inf, 2: math.nan}, 0),
+        ("max", {0: -math.inf, 1: -5.0}, 1),
+        ("max", {0: 0.1, 99: math.inf}, 0),
+    ],
+)
+def test_d19_a_metric_that_is_not_finite_is_never_the_best(
+    trainer: SimpleTrainer, tmp_path: Path, mode: str, values: dict[int, float], best_iter: int
+) -> None:
+    evaluating(trainer, values, best(trainer, tmp_path, mode=mode))
+    trainer.train(0, 5)
+    assert content(tmp_path, "model_best")["iteration"] == best_iter
+
+
+def test_d19_the_best_of_the_final_evaluation_is_that_of_the_last_step(
+    trainer: SimpleTrainer, simple: MakeTrainer, tmp_path: Path
+) -> None:
+    evaluating(trainer, {0: 0.1, 99: 0.3}, best(trainer, tmp_path))
+    trainer.train(0, 5)
+    data = content(tmp_path, "model_best")
+    assert (data["iteration"], data["trainer"]["iteration"]) == (4, 4)
+    resumed = simple(seed=1)
+    checkpointer_of(resumed, tmp_path).load(str(tmp_path / "model_best.pth"))
+    resumed.train(resumed.iter + 1, 7)
+    steps = [i for _, i in resumed.storage.history("total_loss").values()]
+    assert steps == list(range(7))
+
+
+def test_d19_the_best_model_does_not_become_the_last_checkpoint(
     trainer: SimpleTrainer, tmp_path: Path
 ) -> None:
-    evaluating(trainer, {1: 0.5}, best(trainer, tmp_path))
+    checkpointer = checkpointer_of(trainer, tmp_path)
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer, 2)])
+    evaluating(trainer, {2: 0.1, 99: 0.3}, best(trainer, tmp_path))
+    named: list[str] = []
+
+    def note(trainer: SimpleTrainer) -> None:
+        if trainer.iter >= 1:
+            named.append((tmp_path / "last_checkpoint").read_text())
+
+    trainer.register_hooks([CallbackHook(after_step=note, after_train=note)])
+    trainer.train(0, 4)
+    names = ["model_0000001.pth", "model_0000001.pth", "model_final.pth", "model_final.pth"]
+    assert named == names
+
+
+def test_d19_a_metric_of_earlier_weights_is_not_attributed_to_later_ones(
+    trainer: SimpleTrainer, tmp_path: Path
+) -> None:
+    # It judges after iterations 1 and 3, and is asked about what was put after 0 and 3.
+    hook = BestCheckpointer(2, checkpointer_of(trainer, tmp_path), "task/acc")
+    evaluating(trainer, {0: 0.9, 3: 0.5}, hook)
     saves: list[int] = []
     trainer.register_hooks([CallbackHook(after_step=lambda t: saves.append(len(saved(tmp_path))))])
-    trainer.train(0, 5)
-    assert content(tmp_path, "model_best")["iteration"] == 1
-    assert saves == [0, 1, 1, 1, 1]
+    trainer.train(0, 6)
+    assert content(tmp_path, "model_best")["iteration"] == 3
+    assert saves == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_metric_that_is_never_put_is_named(
@@ -251,7 +297,7 @@ def test_a_metric_that_is_never_put_is_named(
 
 
 @pytest.mark.parametrize("stop", [stop_at(4, finished=False), None])
-def test_a_run_that_did_not_succeed_has_no_last_best(
+def test_d13_a_run_that_did_not_succeed_has_no_last_best(
     trainer: SimpleTrainer, tmp_path: Path, stop: CallbackHook | None
 ) -> None:
     def fail(trainer: SimpleTrainer) -> None:
@@ -268,7 +314,7 @@ def test_a_run_that_did_not_succeed_has_no_last_best(
     assert saved(tmp_path) == []
 
 
-def test_a_resumed_run_does_not_replace_a_better_model(
+def test_d18_a_resumed_run_does_not_replace_a_better_model(
     trainer: SimpleTrainer, simple: MakeTrainer, tmp_path: Path
 ) -> None:
     evaluating(trainer, {0: 0.9}, best(trainer, tmp_path))

@@ -49,7 +49,7 @@ def test_the_end_may_be_left_out(loop: Any) -> None:
 
 
 @pytest.mark.parametrize("fail_at", [0, 3])
-def test_a_failed_run_is_not_evaluated_at_the_end(loop: Any, fail_at: int) -> None:
+def test_d13_a_failed_run_is_not_evaluated_at_the_end(loop: Any, fail_at: int) -> None:
     trainer = loop(fail_at)
     function = Evaluation(trainer)
     trainer.register_hooks([EvalHook(0, function)])
@@ -157,7 +157,7 @@ def test_a_run_that_is_asked_to_leave_does_not_begin_an_evaluation(loop: Any) ->
     assert trainer.state_dict()["pending"] == ["EvalHook", "Later"]
 
 
-def test_a_second_run_evaluates_again(loop: Any) -> None:
+def test_d11_a_second_run_evaluates_again(loop: Any) -> None:
     trainer = loop()
     function = Evaluation(trainer)
     trainer.register_hooks([EvalHook(0, function)])

@@ -72,7 +72,7 @@ def test_every_writer_is_closed_even_when_one_raises(loop: Any, what: str) -> No
     assert {"a.close 0", "b.close 0", "b.write 0"} <= set(log)
 
 
-def test_metrics_that_late_hooks_put_at_the_end_are_written(loop: Any, tmp_path: Path) -> None:
+def test_d04_metrics_that_late_hooks_put_at_the_end_are_written(loop: Any, tmp_path: Path) -> None:
     trainer = loop()
     trainer.register_hooks([PeriodicWriter([JSONWriter(tmp_path / "metrics.json")], period=2)])
     trainer.register_hooks(
@@ -90,7 +90,7 @@ def test_metrics_that_late_hooks_put_at_the_end_are_written(loop: Any, tmp_path:
     assert lines[-1] == {"iteration": 3, "final": 0.5}
 
 
-def test_a_second_run_writes_again(loop: Any, tmp_path: Path) -> None:
+def test_d04_a_second_run_writes_again(loop: Any, tmp_path: Path) -> None:
     trainer = loop()
     trainer.register_hooks([CallbackHook(after_step=lambda t: t.storage.put_scalar("a", t.iter))])
     trainer.register_hooks([PeriodicWriter([JSONWriter(tmp_path / "metrics.json")], period=1)])
@@ -100,16 +100,22 @@ def test_a_second_run_writes_again(loop: Any, tmp_path: Path) -> None:
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4]
 
 
-def test_images_and_histograms_are_forgotten_once_written(loop: Any) -> None:
+def test_d34_images_and_histograms_are_forgotten_once_all_have_written_them(loop: Any) -> None:
     import torch
 
     left: list[int] = []
+    seen: list[int] = []
+
+    class Consumer(EventWriter):
+        def write(self) -> None:
+            seen.append(len(get_event_storage().images))
+
     trainer = loop()
     trainer.register_hooks(
         [
             CallbackHook(before_step=lambda t: t.storage.put_image("i", torch.zeros(1, 2, 2))),
             CallbackHook(before_step=lambda t: t.storage.put_histogram("h", torch.ones(3))),
-            PeriodicWriter([Writer([])], period=2),
+            PeriodicWriter([Consumer(), Consumer()], period=2),
         ]
     )
     last = CallbackHook(
@@ -119,6 +125,8 @@ def test_images_and_histograms_are_forgotten_once_written(loop: Any) -> None:
     trainer.register_hooks([last])
     trainer.train(0, 4)
     assert left == [2, 0, 2, 0]
+    # Of two writes, and of the one at the end.
+    assert seen == [2, 2, 2, 2, 0, 0]
 
 
 def test_each_writer_gets_its_own_state_back() -> None:

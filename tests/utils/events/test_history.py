@@ -21,7 +21,7 @@ def test_ring_keeps_the_newest_values_in_order(count: int) -> None:
     assert filled(count).values() == expected
 
 
-def test_memory_stops_growing_when_the_ring_is_full() -> None:
+def test_d37_memory_stops_growing_when_the_ring_is_full() -> None:
     history = filled(1024, max_length=1024)
 
     def size() -> int:

@@ -86,7 +86,7 @@ def test_line_has_sorted_keys_and_the_iteration(tmp_path: Path) -> None:
     assert path.read_text(encoding="ascii") == expected
 
 
-def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+def test_d33_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_one(path, 3, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
     assert records(path) == [{"iteration": 3, "a": None, "b": None, "c": None, "d": 1.0}]
@@ -124,7 +124,7 @@ def test_smoothed_values_are_medians_of_the_window(new_writer: NewWriter, tmp_pa
     assert records(path) == [{"iteration": 3, "loss": 3.0}]
 
 
-def test_values_put_after_the_write_join_the_line_of_their_iteration(
+def test_d32_values_put_after_the_write_join_the_line_of_their_iteration(
     new_writer: NewWriter, tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.json"
@@ -188,7 +188,7 @@ def test_writer_goes_on_after_it_was_closed(new_writer: NewWriter, tmp_path: Pat
 # Checkpoints are taken inside a step, before evaluation and writing.
 @pytest.mark.parametrize("save", [0, 5, 6, 9, 10, 13, 19, 20, 25, 29])
 @pytest.mark.parametrize("kill", [0, 3, 13])
-def test_resumed_file_equals_that_of_an_unbroken_run(
+def test_d33_resumed_file_equals_that_of_an_unbroken_run(
     new_writer: NewWriter, tmp_path: Path, save: int, kill: int
 ) -> None:
     path, unbroken = tmp_path / "metrics.json", tmp_path / "unbroken.json"

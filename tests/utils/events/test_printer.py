@@ -31,7 +31,7 @@ def test_line_holds_everything_a_person_wants_to_know(caplog: pytest.LogCaptureF
             storage.iter = i
             storage.put_scalar("total_loss", 100.0 - i)
             storage.put_scalar("[metric]iou", 0.5)
-            storage.put_scalar("accuracy", 0.75)
+            storage.put_scalar("top1", 0.75, smoothing_hint=False)
             storage.put_scalar("time", 0.25 if i < 19 else 0.5)
             storage.put_scalar("data_time", 0.125 if i % 2 else 0.375)
             storage.put_scalar("lr", 0.0123456, smoothing_hint=False)
@@ -40,6 +40,15 @@ def test_line_holds_everything_a_person_wants_to_know(caplog: pytest.LogCaptureF
         " eta: 0:00:20  iter: 19  total_loss: 90.5  [metric]iou: 0.5  "
         "time: 0.2625  last_time: 0.5000  data_time: 0.2500  last_data_time: 0.1250  lr: 0.012346"
     ]
+
+
+def test_d35_every_smoothed_metric_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    with EventStorage() as storage:
+        storage.put_scalars(accuracy=0.5, grad_norm=2.0, rank_data_time=0.1)
+        storage.put_scalar("[metric]scale", 8.0, smoothing_hint=False)
+        storage.put_scalar("val/top1", 0.75, smoothing_hint=False)
+        CommonMetricPrinter().write()
+    assert lines(caplog) == [" iter: 0  accuracy: 0.5  grad_norm: 2  [metric]scale: 8"]
 
 
 def test_eta_is_the_median_time_of_the_iterations_to_come() -> None:
@@ -72,7 +81,7 @@ def test_eta_before_the_timer_counts_is_the_pace_of_the_printer() -> None:
     assert storage.latest()["eta_seconds"] == (188.0, 5)
 
 
-def test_two_lines_in_one_iteration_without_times(caplog: pytest.LogCaptureFixture) -> None:
+def test_d35_two_lines_in_one_iteration_without_times(caplog: pytest.LogCaptureFixture) -> None:
     printer = CommonMetricPrinter(max_iter=100)
     with EventStorage(3):
         printer.write()

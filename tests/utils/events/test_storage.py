@@ -155,7 +155,7 @@ def test_fake_device_refuses_every_way_to_the_host(fake_cuda: Any) -> None:
     assert fake_cuda.num_transfers == 5
 
 
-def test_device_values_stay_there_until_one_transfer_brings_all(fake_cuda: Any) -> None:
+def test_d07_device_values_stay_there_until_one_transfer_brings_all(fake_cuda: Any) -> None:
     storage = EventStorage()
     for i in range(100):
         storage.iter = i
@@ -371,7 +371,7 @@ def test_loading_replaces_values_that_still_wait(fake_cuda: Any) -> None:
 # Images and histograms.
 
 
-def test_images_wait_in_order_and_the_oldest_are_dropped() -> None:
+def test_d34_images_wait_in_order_and_the_oldest_are_dropped() -> None:
     storage = EventStorage()
     for i in range(1000):
         storage.iter = i
@@ -385,7 +385,7 @@ def test_images_wait_in_order_and_the_oldest_are_dropped() -> None:
     assert not storage.raw_histograms
 
 
-def test_histogram_counts_every_element_of_a_tensor_of_any_shape() -> None:
+def test_d34_histogram_counts_every_element_of_a_tensor_of_any_shape() -> None:
     storage = EventStorage(3)
     weights = torch.tensor([[0, 1, 1], [4, 4, 4]], dtype=torch.int64)
     storage.put_histogram("weights", weights, bins=4)

@@ -35,7 +35,7 @@ def test_dense_values_give_their_latest_once() -> None:
     assert new_values.take(storage) == {22: {"loss": 0.0, "lr": 0.1 * 22}}
 
 
-def test_sparse_values_give_all_in_the_order_of_iterations() -> None:
+def test_d32_sparse_values_give_all_in_the_order_of_iterations() -> None:
     storage, new_values = EventStorage(), NewValues(20)
     put(storage, range(20))
     for i in (12, 4, 17):
@@ -56,7 +56,7 @@ def test_smoothed_values_put_now_and_then_give_one_median() -> None:
     assert new_values.take(storage) == {16: {"loss_val": 9.0}}
 
 
-def test_value_put_after_the_write_of_its_iteration_is_new() -> None:
+def test_d32_value_put_after_the_write_of_its_iteration_is_new() -> None:
     storage, new_values = EventStorage(), NewValues(20)
     put(storage, range(20))
     new_values.take(storage)

@@ -3,8 +3,11 @@
 from trainkit.data.samplers.distributed_sampler import (
     SAMPLER_REGISTRY,
     InferenceSampler,
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
     TrainingSampler,
 )
+from trainkit.data.samplers.grouped_batch_sampler import GroupedBatchSampler
 from trainkit.data.samplers.order import (
     EndlessOrder,
     EpochOrder,
@@ -19,9 +22,12 @@ __all__ = [
     "EndlessOrder",
     "EpochOrder",
     "EpochSampler",
+    "GroupedBatchSampler",
     "InferenceSampler",
     "Permutation",
     "Position",
+    "RandomSubsetTrainingSampler",
+    "RepeatFactorTrainingSampler",
     "SampleKey",
     "TrainingSampler",
 ]

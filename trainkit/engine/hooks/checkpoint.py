@@ -14,6 +14,7 @@ from trainkit.checkpoint.space import SpaceWatch
 from trainkit.checkpoint.storable import check_storable, tensor_bytes
 from trainkit.engine.failures import checked_policy, surviving
 from trainkit.engine.hook_base import HookBase, hooks_state_dict
+from trainkit.engine.trainer_state import local_state
 from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointWriteError
 from trainkit.utils.period import is_due
@@ -232,8 +233,5 @@ class BestCheckpointer(HookBase):
 
 def _parts(trainer: Any) -> dict[str, Any]:
     """Returns the states in a trainer's state_dict that a rank can tell without the others."""
-    states = {"hooks": hooks_state_dict(trainer._hooks), "rng": get_rng_state()}
-    for name, attribute in (("optimizer", "optimizer"), ("data", "_batches")):
-        if hasattr(trainer, attribute):
-            states[name] = getattr(trainer, attribute).state_dict()
-    return states
+    own = local_state(trainer) if hasattr(trainer, "optimizer") else {"rng": get_rng_state()}
+    return {"hooks": hooks_state_dict(trainer._hooks), **own}

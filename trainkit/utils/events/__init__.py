@@ -2,9 +2,11 @@
 
 from trainkit.utils.events.history import HistoryBuffer
 from trainkit.utils.events.json_writer import JSONWriter
+from trainkit.utils.events.mlflow_writer import MLflowWriter
 from trainkit.utils.events.printer import CommonMetricPrinter
 from trainkit.utils.events.storage import EventStorage, get_event_storage, has_event_storage
 from trainkit.utils.events.tensorboard import TensorboardXWriter
+from trainkit.utils.events.wandb_writer import WandbWriter
 from trainkit.utils.events.writer import EventWriter
 
 __all__ = [
@@ -13,7 +15,9 @@ __all__ = [
     "EventWriter",
     "HistoryBuffer",
     "JSONWriter",
+    "MLflowWriter",
     "TensorboardXWriter",
+    "WandbWriter",
     "get_event_storage",
     "has_event_storage",
 ]

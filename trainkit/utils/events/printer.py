@@ -16,7 +16,8 @@ _ETA_WINDOW = 1000
 class CommonMetricPrinter(EventWriter):
     """Logs time to go, iteration, losses, times, learning rate and peak memory in one line.
 
-    Shows every scalar whose name contains "loss" or "[metric]". A run that is over prints nothing.
+    Shows every smoothed scalar, and those whose name contains "loss" or "[metric]". A run that is
+    over prints nothing.
 
     Args:
         max_iter: Length of the run in iterations; without it no time to go is shown.
@@ -44,8 +45,8 @@ class CommonMetricPrinter(EventWriter):
         histories = storage.histories()
         if "lr" in histories:
             parts.append(f"lr: {histories['lr'].latest():.5g}")
-        if torch.cuda.is_available():
-            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        if max_memory := getattr(torch.get_device_module(), "max_memory_allocated", None):
+            parts.append(f"max_mem: {max_memory() / 2**20:.0f}M")
         self.logger.info(" %s", "  ".join(parts))
 
     def _eta_seconds(self, storage: EventStorage) -> float | None:
@@ -66,7 +67,9 @@ class CommonMetricPrinter(EventWriter):
         return [
             f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
             for name, history in storage.histories().items()
-            if "loss" in name or "[metric]" in name
+            if "loss" in name
+            or "[metric]" in name
+            or (storage.smoothing_hints()[name] and not name.endswith("time"))
         ]
 
     def _times(self, storage: EventStorage) -> list[str]:

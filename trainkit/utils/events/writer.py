@@ -1,7 +1,13 @@
 """What every writer is, and which values a writer has yet to write."""
 
+import importlib
+import secrets
 from typing import Any
 
+import numpy as np
+import torch
+
+from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.storage import EventStorage, get_event_storage, has_event_storage
 
 
@@ -95,3 +101,95 @@ class NewValues:
                 taken.setdefault(i, {})[name] = v
             self._written[name] = iteration
         return dict(sorted(taken.items()))
+
+
+class RunWriter(EventWriter):
+    """Writes scalars and images to an experiment tracker, as a run that a resume goes on with.
+
+    What a killed run wrote after the checkpoint stays there, and is not written again.
+
+    Args:
+        library: Of the tracker, an extra by the same name.
+        failure: What the library raises. It becomes an OSError, which `PeriodicWriter` may survive;
+            the next write tries again.
+        window_size: Iterations that the median of a smoothed scalar covers.
+
+    Raises:
+        ConfigError: If the library is not installed.
+    """
+
+    def __init__(self, library: str, failure: str, window_size: int) -> None:
+        try:
+            self._library: Any = importlib.import_module(library)
+        except ImportError:
+            raise ConfigError(
+                f"{type(self).__name__} needs {library}: pip install 'trainkit[{library}]', or "
+                "leave the writer out of build_writers."
+            ) from None
+        self._failure: type[Exception] = getattr(self._library, failure)
+        self._new_values = NewValues(window_size)
+        self._run: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Has the next write begin another run."""
+        self.close()
+        self._new_values.reset()
+        # Known before the tracker is, so that every checkpoint holds it.
+        self._run_id = secrets.token_hex(8)
+
+    def write(self) -> None:
+        """Writes the new scalars, and the images that wait.
+
+        Raises:
+            OSError: If the tracker cannot be reached, or refuses.
+        """
+        storage, before = get_event_storage(), self._new_values.state_dict()
+        records: dict[int, dict[str, Any]] = dict(self._new_values.take(storage))
+        for name, image, iteration in storage.images:
+            records.setdefault(iteration, {})[name] = _pixels(image)
+        try:
+            self._run = self._run or self._open(self._run_id)
+            for iteration, record in sorted(records.items()):
+                self._log(iteration, record)
+        except self._failure as e:
+            self._new_values.load_state_dict(before)
+            raise OSError(f"{type(self).__name__} cannot write: {e}") from e
+
+    def close(self) -> None:
+        """Ends the run, until the next write goes on with it."""
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                self._finish(run)
+        except self._failure as e:
+            raise OSError(f"{type(self).__name__} cannot end its run: {e}") from e
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns which run it is, and what was written of each scalar."""
+        return {"run_id": self._run_id, "new_values": self._new_values.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with that run."""
+        self.close()
+        self._run_id = state["run_id"]
+        self._new_values.load_state_dict(state["new_values"])
+
+    def _open(self, run_id: str) -> Any:
+        """Begins the run of this name, or goes on with it."""
+        raise NotImplementedError
+
+    def _log(self, iteration: int, record: dict[str, Any]) -> None:
+        """Writes numbers and images, uint8 of shape (H, W, 3) or (H, W), by name."""
+        raise NotImplementedError
+
+    def _finish(self, run: Any) -> None:
+        raise NotImplementedError
+
+
+def _pixels(image: np.ndarray[Any, Any] | torch.Tensor) -> np.ndarray[Any, Any]:
+    tensor = torch.as_tensor(image).detach().cpu()
+    if tensor.is_floating_point():
+        tensor = (tensor.float() * 255).round().clamp(0, 255)
+    pixels: np.ndarray[Any, Any] = tensor.to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
+    return pixels
