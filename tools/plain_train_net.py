@@ -35,6 +35,32 @@ from trainkit.utils.random import seed_step
 logger = logging.getLogger("trainkit")
 
 
+LEFT_OUT = {
+    "SOLVER": ("ACCUMULATE", "PRECISION", "AMP", "NON_FINITE", "MAX_EPOCHS", "MAX_SECONDS"),
+    "MODEL": ("EMA",),
+    "DATASETS": ("VAL",),
+    "TEST": ("PRECISE_BN", "EARLY_STOPPING", "EVAL_EPOCHS"),
+}
+"""Settings that the flat loop does not look at, so they must be as in the default config."""
+
+
+def check_flat(cfg: CfgNode, world_size: int) -> None:
+    """Checks that nothing is asked for that the flat loop leaves out.
+
+    Raises:
+        ConfigError: If something is; it names all of that.
+    """
+    default = get_cfg()
+    keys = [(section, name) for section, names in LEFT_OUT.items() for name in names]
+    asked = [f"{s}.{n}" for s, n in keys if cfg[s][n] != default[s][n]]
+    asked += [f"{world_size} processes"] * (world_size > 1) + ["a drawn SEED"] * (cfg.SEED < 0)
+    if asked:
+        raise ConfigError(
+            f"The flat loop leaves out {', '.join(asked)}: it runs in one process, with a SEED of "
+            "at least 0, and these settings as by default. Use tools/train_net.py for the rest."
+        )
+
+
 def evaluate(cfg: CfgNode, model: torch.nn.Module) -> dict[str, Any]:
     """Judges the model on every test data set; the results are by data set if there are several."""
     results = {}
@@ -113,15 +139,7 @@ def main(args: argparse.Namespace) -> None:
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    world_size = max(args.num_gpus * args.num_machines, int(os.environ.get("WORLD_SIZE", "1")))
-    settings = (world_size, cfg.SOLVER.ACCUMULATE, cfg.SOLVER.PRECISION, cfg.SOLVER.NON_FINITE)
-    if settings != (1, 1, "fp32", "raise") or cfg.SEED < 0:
-        raise ConfigError(
-            f"The flat loop has {world_size} process(es), SEED {cfg.SEED}, SOLVER.ACCUMULATE "
-            f"{cfg.SOLVER.ACCUMULATE}, SOLVER.PRECISION {cfg.SOLVER.PRECISION} and "
-            f"SOLVER.NON_FINITE {cfg.SOLVER.NON_FINITE}, but it needs one process, a SEED of at "
-            "least 0, no accumulation, fp32, and raise. Use tools/train_net.py for the rest."
-        )
+    check_flat(cfg, max(args.num_gpus * args.num_machines, int(os.environ.get("WORLD_SIZE", "1"))))
     cfg.freeze()
     default_setup(cfg, args)
     model = build_model(cfg)

@@ -157,5 +157,11 @@ def test_several_processes_are_refused(
         monkeypatch.setenv(name, "2")
     else:
         setattr(args, name, 2)
-    with pytest.raises(ConfigError, match=r"has 2 process.*Use tools/train_net.py"):
+    with pytest.raises(ConfigError, match=r"leaves out 2 processes.*Use tools/train_net.py"):
         load_tool("plain_train_net").main(args)
+
+
+def test_settings_that_the_flat_loop_does_not_look_at_are_refused(tmp_path: Path) -> None:
+    more = ["MODEL.EMA.ENABLED", True, "SOLVER.PRECISION", "fp16", "SEED", -1]
+    with pytest.raises(ConfigError, match="out SOLVER.PRECISION, MODEL.EMA, a drawn SEED: it"):
+        load_tool("plain_train_net").main(arguments(tmp_path, *more))
