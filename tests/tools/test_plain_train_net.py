@@ -163,5 +163,5 @@ def test_several_processes_are_refused(
 
 def test_settings_that_the_flat_loop_does_not_look_at_are_refused(tmp_path: Path) -> None:
     more = ["MODEL.EMA.ENABLED", True, "SOLVER.PRECISION", "fp16", "SEED", -1]
-    with pytest.raises(ConfigError, match="out SOLVER.PRECISION, MODEL.EMA, a drawn SEED: it"):
+    with pytest.raises(ConfigError, match=r"out SOLVER.PRECISION, MODEL.EMA, a drawn SEED: it"):
         load_tool("plain_train_net").main(arguments(tmp_path, *more))
