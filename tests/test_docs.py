@@ -30,7 +30,7 @@ DOCS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").gl
 MOVING = ("detectron2.md", "migrating-from-detectron2.md")
 NUM_FAULTS = 51
 
-_LINKED_TESTS = re.compile(r"\]\(\.\./(tests/[\w/]+\.py)\):? ((?:`test_\w+`(?:, )?)+)")
+_LINKED_TESTS = re.compile(r"\]\(\.\./(tests/[\w/]+\.py)\):\s((?:`test_\w+`(?:, )?)+)")
 _NAME = re.compile(r"(?<![\w/.])(?:trainkit|torch|fvcore|iopath)(?:\.\w+)+")
 # Words in capitals that are no keys: of Slurm's, and of arithmetic.
 _NO_KEYS = {"SIGINT", "SIGTERM", "SIGUSR1", "SIGKILL", "RLIMIT_FSIZE"}
@@ -112,6 +112,15 @@ def is_key(key: str) -> bool:
     return True
 
 
+def wrong_imports(text: str) -> list[str]:
+    """The names that the modules of a block such as "trainkit.engine: launch" do not have."""
+    block = re.sub(r"\n +", " ", "".join(code_blocks(text, "text")))
+    wrong = []
+    for module, names in re.findall(r"^(trainkit[\w.]+): (.*)$", block, re.MULTILINE):
+        wrong += wrong_names(" ".join(f"{module}.{name}" for name in names.split()))
+    return wrong
+
+
 def wrong_links(text: str) -> list[str]:
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     return [k for k in links if k and "://" not in k and not (ROOT / "docs" / k).exists()]
@@ -143,6 +152,12 @@ def test_every_config_key_in_the_docs_exists(page: str) -> None:
 @pytest.mark.parametrize("page", sorted(DOCS))
 def test_every_link_in_the_docs_leads_to_a_file(page: str) -> None:
     assert wrong_links(DOCS[page]) == []
+
+
+def test_names_are_in_the_modules_that_the_table_says() -> None:
+    text = DOCS["detectron2.md"]
+    assert wrong_imports(text) == []
+    assert "trainkit.engine.hooks: CallbackHook" in text
 
 
 def test_each_row_of_the_table_has_a_test_or_says_why_it_is_left_out() -> None:
@@ -177,6 +192,7 @@ def test_each_fault_of_the_reliability_table_has_its_row_with_a_test() -> None:
         (wrong_keys, "| a | `SOLVER.{MAX_ITER, BASE_RL}` |"),
         (wrong_keys, "set `SEEED 3`"),
         (wrong_links, "[a](detectron3.md)"),
+        (wrong_imports, "```text\ntrainkit.data: MapDataset\n    MapDatset\n```"),
         (rows_without_a_test, "| a | b | c |\n|---|---|---|\n| `A` | `trainkit.A` | |"),
     ],
 )
@@ -186,7 +202,7 @@ def test_a_wrong_entry_is_found(find: Callable[[str], list[str]], text: str) -> 
 
 def test_right_entries_are_not_complained_about() -> None:
     assert keys_in("SOLVER.{MAX_ITER, STEPS} 3") == ["SOLVER.MAX_ITER", "SOLVER.STEPS"]
-    assert not wrong_keys("| `NO.KEY` | `SOLVER.MAX_ITER`, `DDP`, `$ENV`, `EMA`, `SGD` |")
+    assert not wrong_keys("| `NO.KEY` | `SOLVER.MAX_ITER`, `DDP`, `$ENV`, `VERSION` |")
     assert not wrong_names("`trainkit.config.instantiate.dump_dataclass`, `tools/trainkit.py`")
 
 
@@ -201,7 +217,7 @@ def test_the_lines_that_stand_for_small_helpers_do_what_these_did() -> None:
     timer = Timer()
     timer.pause()
     assert timer.seconds() >= 0
-    assert timeit(lambda: None, 3)["iterations"] == 3
+    assert timeit(num_iters=3)(lambda: None)()["iterations"] == 3
 
     cfg = get_cfg()
     cfg.freeze()

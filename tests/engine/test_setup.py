@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import json
 import logging
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainkit.config.config import CfgNode
@@ -19,6 +21,7 @@ from trainkit.engine.setup import (
     default_setup,
     default_writers,
 )
+from trainkit.utils import comm
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.storage import EventStorage
 
@@ -135,6 +138,30 @@ def test_without_tensorboard_it_is_said_how_to_get_it(
 def test_one_process_needs_no_ddp(regression: Any) -> None:
     model = regression()
     assert create_ddp_model(model, find_unused_parameters=True) is model
+
+
+def test_several_processes_get_ddp_with_its_options_and_gradients_in_fp16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Linear(3, 2), torch.randn(4, 3)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    try:
+        ddp: Any = create_ddp_model(model, fp16_compression=True, find_unused_parameters=True)
+        assert ddp.find_unused_parameters
+        ddp(batch).square().sum().backward()
+        found = [p.grad.clone() for p in ddp.parameters()]
+        # A model that outlives the group ends gloo's threads, which may wait for the interpreter.
+        del ddp
+        gc.collect()
+    finally:
+        dist.destroy_process_group()
+    model.zero_grad()
+    model(batch).square().sum().backward()
+    exact: list[Any] = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(found, exact, strict=True))
+    assert not torch.equal(found[0], exact[0])
 
 
 def test_a_lazy_config_is_written_down_whole_or_it_is_said_what_is_missing(

@@ -415,8 +415,9 @@ def test_d03_no_state_is_given_out_after_a_bad_step_that_nobody_noticed(
     trainer = simple()
     trainer.train(0, 2)
     trainer.state_dict()
-    # As an accelerator's values do, it comes over later.
-    trainer.storage.put_scalar("total_loss", math.nan, cur_iter=trainer.iter + 1)
+    # As with an accelerator, nobody hears of it until it is brought over.
+    trainer.storage.iter = trainer.iter + 1
+    trainer._metrics.put(trainer.storage, {"a": torch.tensor(math.nan)}, 0.0, "", None)
     with pytest.raises(FloatingPointError, match="Iteration 3 on rank 0"):
         trainer.state_dict()
 

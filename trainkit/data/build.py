@@ -79,14 +79,14 @@ def build_train_loader(
         ConfigError: If no data set is named, one is empty, or the batch size cannot be shared.
         UnknownNameError: If a data set or the sampler is not registered.
     """
-    arguments = _train_loader_from_config(cfg, dataset, mapper)
+    arguments = _train_loader_from_config(cfg, mapper, dataset)
     arguments["dataset"] = _mapped(arguments["dataset"], arguments.pop("mapper"))
     loader: TrainLoader = build_batch_data_loader(**arguments, collate_fn=default_collate)
     return loader
 
 
 def _train_loader_from_config(
-    cfg: Any, dataset: Any = None, mapper: Callable[[Any], Any] | None = None, sampler: Any = None
+    cfg: Any, mapper: Callable[[Any], Any] | None = None, dataset: Any = None, sampler: Any = None
 ) -> dict[str, Any]:
     if dataset is None:
         dataset = _concatenate("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
@@ -256,13 +256,17 @@ def build_detection_train_loader(
 
 
 def _test_loader_from_config(
-    cfg: Any, dataset_name: str | Sequence[str] = (), dataset: Any = None
+    cfg: Any,
+    dataset_name: str | Sequence[str] = (),
+    mapper: Callable[[Any], Any] | None = None,
+    dataset: Any = None,
 ) -> dict[str, Any]:
     if dataset is None:
         names = (dataset_name,) if isinstance(dataset_name, str) else dataset_name
         dataset = _concatenate("dataset_name", names)
     return {
         "dataset": dataset,
+        "mapper": mapper,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "pin_memory": resolve_device(cfg.MODEL.DEVICE).type == "cuda",
     }

@@ -81,7 +81,7 @@ class DefaultTrainer(SimpleTrainer):
 
     auto_scale_workers = staticmethod(auto_scale_workers)
     _assigned_trainer: SimpleTrainer | None = None
-    _last_results: dict[str, Any]
+    _last_eval_results: dict[str, Any]
     _is_seed_drawn = False
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -168,7 +168,7 @@ class DefaultTrainer(SimpleTrainer):
                 max_iter,
             )
             return {}
-        self._last_results = {}
+        self._last_eval_results = {}
         with hold_run_folder(self.cfg.OUTPUT_DIR), stop_signals(self.request_stop):
             self.checkpointer.clear_finished()
             write_config(self.cfg)
@@ -183,7 +183,7 @@ class DefaultTrainer(SimpleTrainer):
                 leave(stopping())
                 start_iter = self.start_iter
             self._finish()
-        return self._last_results
+        return self._last_eval_results
 
     def _finish(self) -> None:
         """Marks a run that came to its end, and judges its results."""
@@ -195,7 +195,7 @@ class DefaultTrainer(SimpleTrainer):
                     self.checkpointer.save_weights("model_weights")
             self.checkpointer.mark_finished(self.iter - 1)
             if self.cfg.TEST.EXPECTED_RESULTS:
-                verify_results(self.cfg, self._last_results)
+                verify_results(self.cfg, self._last_eval_results)
 
     def _roll_back(self, iteration: int) -> bool:
         """Goes back to the last checkpoint and passes over a batch, if that is to help."""
@@ -220,15 +220,21 @@ class DefaultTrainer(SimpleTrainer):
             # Newer than all that an earlier run left: a resume does not take that for this run.
             self.checkpointer.save("model_start", iteration=-1)
 
+    def before_step(self) -> None:
+        """Calls the hooks' `before_step`, and has an assigned trainer take the step."""
+        super().before_step()
+        # Here, since a `run_step` of a subclass may call that trainer's itself.
+        if self._assigned_trainer is not None:
+            for name in _SHARED:
+                setattr(self._assigned_trainer, name, getattr(self, name))
+            self._must_rehearse = False
+
     def run_step(self) -> None:
         """One optimizer step: `SimpleTrainer`'s, or that of a trainer assigned to `_trainer`."""
         if self._assigned_trainer is None:
             super().run_step()
         else:
-            for name in _SHARED:
-                setattr(self._assigned_trainer, name, getattr(self, name))
             self._assigned_trainer.run_step()
-            self._must_rehearse = False
 
     @property
     def _trainer(self) -> Any:
@@ -339,8 +345,8 @@ class DefaultTrainer(SimpleTrainer):
                 # Running statistics differ from rank to rank; all judge what rank 0 saves.
                 for buffer in model.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-            self._last_results = self.test(self.cfg, model)
-        return self._last_results
+            self._last_eval_results = self.test(self.cfg, model)
+        return self._last_eval_results
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which the model has its averaged weights, if there are any."""

@@ -4,6 +4,7 @@ import atexit
 import datetime
 import gc
 import importlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -20,7 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.rendezvous import rendezvous
 
 from trainkit.engine.failures import note_place
 from trainkit.engine.preemption import PreemptedExit
@@ -33,6 +36,8 @@ __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for the others in a collective."""
+
+_group_numbers = itertools.count()
 
 
 def launch(
@@ -190,10 +195,13 @@ def _join_group(dist_url: str, world_size: int, rank: int, timeout: datetime.tim
     if has_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
+        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
         dist.init_process_group(
             # Small things between ranks are CPU tensors: they go over gloo and wait for no GPU.
             backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-            init_method=dist_url,
+            # torchrun's store still has the addresses of a group that this process was in before.
+            store=PrefixStore(f"group {next(_group_numbers)}", store),
             world_size=world_size,
             rank=rank,
             timeout=timeout,

@@ -42,11 +42,14 @@ class StepMetrics:
         self._judges_now = judges_now
         # A dict keeps the order in which names came up.
         self._names: dict[str, None] = {}
+        self._layout: tuple[str, ...] = ()
         self.begin(0)
 
     def begin(self, start_iter: int) -> None:
         """Begins a run."""
-        self.since = start_iter - 1
+        self.since = self._newest = start_iter - 1
+        # Whether something was put that nobody has judged yet.
+        self._must_read = False
         self.places: dict[int, Any] = {}
         self._request: StopRequest | None = None
 
@@ -76,23 +79,34 @@ class StepMetrics:
             False if the step is known not to be finite, on all ranks alike. What is on an
             accelerator, or without a gradient norm on other ranks, is known when it is synced.
         """
-        row = {name: value.detach() for name, value in loss_dict.items()}
+        row = dict(loss_dict)
         if "total_loss" not in row:
-            row["total_loss"] = torch.stack(list(row.values())).sum()
-        # What all ranks know alike.
-        health = [row["total_loss"]] if comm.get_world_size() == 1 else []
+            row["total_loss"] = torch.stack([value.detach() for value in row.values()]).sum()
         if grad_norm is not None:
-            row["grad_norm"] = grad_norm.detach()
-            health.append(row["grad_norm"])
-        self._names.update(dict.fromkeys(prefix + name for name in (*row, "data_time")))
-        # Metrics may come from the CPU beside losses from an accelerator.
-        for device in {value.device: None for value in row.values()}:
-            here = {prefix + name: v.float() for name, v in row.items() if v.device == device}
-            storage.put_row(list(here), torch.stack(list(here.values())))
+            row["grad_norm"] = grad_norm
+        if self._layout != (prefix, *row):
+            self._layout = (prefix, *row)
+            self._names.update(dict.fromkeys(prefix + name for name in (*row, "data_time")))
+        # Those on the CPU are read at once, which is free.
+        numbers = {name: value.item() for name, value in row.items() if value.is_cpu}
+        for name, number in numbers.items():
+            storage.put_scalar(prefix + name, number)
+        if len(numbers) < len(row):
+            _defer(storage, prefix, {n: v.detach() for n, v in row.items() if n not in numbers})
         storage.put_scalar(prefix + "data_time", data_time)
         storage.put_scalar(prefix + "rank_data_time", data_time)
-        known = [v for v in health if self._judges_now or v.device.type == "cpu"]
-        return all(math.isfinite(v.item()) for v in known)
+        self._newest = storage.iter
+        return self._is_known_finite(row, numbers)
+
+    def _is_known_finite(self, row: dict[str, torch.Tensor], numbers: dict[str, float]) -> bool:
+        # What all ranks know alike.
+        health = ["total_loss"] if comm.get_world_size() == 1 else []
+        health += ["grad_norm"] if "grad_norm" in row else []
+        if self._judges_now:
+            numbers = {**numbers, **{n: row[n].item() for n in health if n not in numbers}}
+        is_finite = all(math.isfinite(numbers.get(name, 0.0)) for name in health)
+        self._must_read |= not is_finite or not all(name in numbers for name in health)
+        return is_finite
 
     def sync(self, storage: EventStorage, describe: Callable[..., str]) -> StopRequest | None:
         """Reduces what was put since the last time and checks it, on every rank.
@@ -109,6 +123,10 @@ class StepMetrics:
             NonFiniteError: On every rank, if a value of any rank is not finite.
         """
         own, self._request = self._request, None
+        if comm.get_world_size() == 1 and not self._must_read:
+            self.since = self._newest
+            self.places.clear()
+            return own
         names = [name for name in self._names if name in storage.histories()]
         rows = local_rows(storage, names, self.since)
         tables, codes = exchange(rows, own.code if own else _NOTHING)
@@ -118,6 +136,7 @@ class StepMetrics:
         raise_if_not_finite(
             tables, lambda i, rank: describe(self.places[i], rank) if i in self.places else ""
         )
+        self._must_read = False
         # Not the storage's iteration, whose values are yet to come if its step is.
         self.since = max((i for table in tables for i in table), default=self.since)
         self.places.clear()
@@ -126,6 +145,13 @@ class StepMetrics:
             return own if agreed else None
         reason = f"request of rank {codes.index(agreed)}"
         return StopRequest(reason, agreed == _FINISH, agreed if agreed > _INTERRUPT else 0)
+
+
+def _defer(storage: EventStorage, prefix: str, row: dict[str, torch.Tensor]) -> None:
+    """Puts values of accelerators as rows that stay where they are."""
+    for device in {value.device: None for value in row.values()}:
+        here = {prefix + name: v.float() for name, v in row.items() if v.device == device}
+        storage.put_row(list(here), torch.stack(list(here.values())))
 
 
 def write_metrics(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+import trainkit.engine.losses as losses
 from trainkit.engine.batch_stream import BatchStream
 from trainkit.engine.failures import call_each, log_failure
 from trainkit.engine.grad_scaling import build_grad_scaler, check_scale
@@ -20,14 +21,6 @@ from trainkit.engine.hook_base import (
     load_hooks_state_dict,
     priority_of,
     warn_of_states,
-)
-from trainkit.engine.losses import (
-    check_all_used,
-    micro_batch_weights,
-    parse_losses,
-    poisoned,
-    reducing_gradients,
-    rehearse,
 )
 from trainkit.engine.non_finite import NonFiniteGuard
 from trainkit.engine.preemption import leave
@@ -230,6 +223,7 @@ class SimpleTrainer(TrainerBase):
         self.precision, self.seed = precision, seed
         self.grad_clipper = grad_clipper or total_grad_norm
         self._is_inside_update = self._must_rehearse = False
+        self._parameter: nn.Parameter | None = None
         self._guard = NonFiniteGuard(non_finite)
         self._metrics = StepMetrics(self._guard.judges_now)
         self.grad_scaler = build_grad_scaler(precision, optimizer, non_finite)
@@ -238,15 +232,18 @@ class SimpleTrainer(TrainerBase):
         self.model, self.optimizer = model.train(), optimizer
         self.reset_data_loader(data_loader)
 
-    def reset_data_loader(self, data_loader: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
-        """Draws the next batches from another loader, or one that is built, from its beginning."""
-        self.data_loader = data_loader() if callable(data_loader) else data_loader
+    def reset_data_loader(self, data_loader_builder: Callable[[], Any] | Iterable[Any]) -> None:
+        """Draws the next batches from another loader, given or built, from its beginning."""
+        build: Any = data_loader_builder
+        self.data_loader: Iterable[Any] = build() if callable(build) else build
         self._batches = self._data_loader_iter = BatchStream(self.data_loader)  # detectron2's name
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        if self._parameter is None:
+            self._parameter = next(self.model.parameters())
+        return self._parameter.device
 
     def run_step(self) -> None:
         """One optimizer step: batches, losses, backward, clip, update."""
@@ -256,11 +253,11 @@ class SimpleTrainer(TrainerBase):
 
         self._is_inside_update = True
         self._guard.begin_step(self.model)
-        self.optimizer.zero_grad()
+        parameters = losses.clear_gradients(self.optimizer)
         loss_dict = self._forward_backward(batches)
         self.grad_scaler.unscale_(self.optimizer)
         self.after_backward()
-        grad_norm = self.grad_clipper([p for g in self.optimizer.param_groups for p in g["params"]])
+        grad_norm = self.grad_clipper(parameters)
         if self._guard.must_skip(grad_norm):
             samples = self._batches.describe(self._metrics.places[self.iter], comm.get_rank())
             self._guard.skip(self.storage, loss_dict, samples)
@@ -284,22 +281,22 @@ class SimpleTrainer(TrainerBase):
         batches = [next(self._batches) for _ in range(self.accumulate)]
         if self._must_rehearse:
             self._must_rehearse = False
-            rehearse(self.model, self._forward_backward, batches, self.start_iter)
+            losses.rehearse(self.model, self._forward_backward, batches, self.start_iter)
         return batches
 
     def _forward_backward(self, batches: list[Any]) -> dict[str, torch.Tensor]:
         """Accumulates the gradients of all micro-batches and returns the values of the batch."""
         loss_dict: dict[str, torch.Tensor] = {}
-        for index, weight in enumerate(micro_batch_weights(batches)):
+        for index, weight in enumerate(losses.micro_batch_weights(batches)):
             self._seed_generators(index)
-            with reducing_gradients(self.model, index == len(batches) - 1):
+            with losses.reducing_gradients(self.model, index == len(batches) - 1):
                 with autocast(self.precision, self.device):
-                    values, loss = parse_losses(self.model(self.move_batch(batches[index])))
-                self.grad_scaler.scale(poisoned(loss, self._guard.judges_now) * weight).backward()
-            for name, value in {**values, "total_loss": loss}.items():
-                loss_dict[name] = value.detach() * weight + loss_dict.get(name, 0.0)
+                    values, loss = losses.parse_losses(self.model(self.move_batch(batches[index])))
+                share = losses.weighted(losses.poisoned(loss, self._guard.judges_now), weight)
+                self.grad_scaler.scale(share).backward()
+            losses.add_losses(loss_dict, {**values, "total_loss": loss}, weight)
         if self.iter == self.start_iter:
-            check_all_used(self.model)
+            losses.check_all_used(self.model)
         return loss_dict
 
     def _seed_generators(self, index: int = 0, tag: int = 0) -> None:
@@ -355,8 +352,8 @@ class SimpleTrainer(TrainerBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back a `state_dict`, that of another world size included."""
+        load_local_state(self, state)  # First: hooks may set the rates of another schedule.
         super().load_state_dict(state)
-        load_local_state(self, state)
 
     def _begin(self, start_iter: int, max_iter: int) -> None:
         self._metrics.begin(start_iter)

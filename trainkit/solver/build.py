@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from trainkit.solver.clip import maybe_add_gradient_clipping  # noqa: F401  # its home in detectron2
 from trainkit.solver.layer_decay import NORM_MODULE_TYPES, layer_decay_func
 from trainkit.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler, multi_step_schedule
 from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
@@ -236,13 +237,13 @@ def _given(**settings: float | None) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def reduce_param_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def reduce_param_groups(params: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Merges the groups that have equal settings, in the order of first appearance.
 
     Fewer groups are updated faster, as an optimizer handles one group at a time.
 
     Args:
-        groups: As for an optimizer; "params" and, where given, "param_names" are lists.
+        params: As for an optimizer; "params" and, where given, "param_names" are lists.
 
     Example:
         >>> reduce_param_groups([{"params": [1], "lr": 0.1}, {"params": [2], "lr": 0.2},
@@ -250,7 +251,7 @@ def reduce_param_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, A
         [{'params': [1, 3], 'lr': 0.1}, {'params': [2], 'lr': 0.2}]
     """
     merged: list[tuple[dict[str, Any], dict[str, list[Any]]]] = []
-    for group in groups:
+    for group in params:
         settings = {key: value for key, value in group.items() if key not in _PER_PARAM_KEYS}
         lists = {key: list(group[key]) for key in _PER_PARAM_KEYS if key in group}
         for known_settings, known_lists in merged:

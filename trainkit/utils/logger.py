@@ -133,8 +133,8 @@ _last_seconds: dict[Hashable, float] = {}
 
 
 def log_first_n(
-    level: int,
-    message: str,
+    lvl: int,
+    msg: str,
     n: int = 1,
     *,
     name: str | None = None,
@@ -143,27 +143,27 @@ def log_first_n(
     """Logs only the first `n` times.
 
     Args:
-        level: Level of `logging`, such as `logging.WARNING`.
-        message: Text to log.
+        lvl: Level of `logging`, such as `logging.WARNING`.
+        msg: Text to log.
         n: How often.
         name: Logger to use; that of the calling module by default.
         key: What is counted: "caller" (each line of code that calls this), "message" (each text),
             or a tuple of both.
     """
     frame = sys._getframe(1)
-    parts: dict[str, Hashable] = {"caller": _place(frame), "message": message}
+    parts: dict[str, Hashable] = {"caller": _place(frame), "message": msg}
     counted = tuple(parts[part] for part in ((key,) if isinstance(key, str) else key))
     _counts[counted] += 1
     if _counts[counted] <= n:
-        _logger_of(frame, name).log(level, message, stacklevel=2)
+        _logger_of(frame, name).log(lvl, msg, stacklevel=2)
 
 
-def log_every_n(level: int, message: str, n: int = 1, *, name: str | None = None) -> None:
+def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
     """Logs the first of every `n` calls that one line of code makes.
 
     Args:
-        level: Level of `logging`, such as `logging.WARNING`.
-        message: Text to log.
+        lvl: Level of `logging`, such as `logging.WARNING`.
+        msg: Text to log.
         n: How many calls make one line of log.
         name: Logger to use; that of the calling module by default.
     """
@@ -171,16 +171,16 @@ def log_every_n(level: int, message: str, n: int = 1, *, name: str | None = None
     counted = ("every", _place(frame))
     _counts[counted] += 1
     if (_counts[counted] - 1) % n == 0:
-        _logger_of(frame, name).log(level, message, stacklevel=2)
+        _logger_of(frame, name).log(lvl, msg, stacklevel=2)
 
 
-def log_every_n_seconds(level: int, message: str, n: float = 1, *, name: str | None = None) -> None:
+def log_every_n_seconds(lvl: int, msg: str, n: float = 1, *, name: str | None = None) -> None:
     """Logs unless one line of code has logged in the last `n` seconds; else as `log_every_n`."""
     frame = sys._getframe(1)
     now = time.monotonic()
     if now - _last_seconds.get(_place(frame), -math.inf) >= n:
         _last_seconds[_place(frame)] = now
-        _logger_of(frame, name).log(level, message, stacklevel=2)
+        _logger_of(frame, name).log(lvl, msg, stacklevel=2)
 
 
 def create_small_table(small_dict: Mapping[str, Any]) -> str:

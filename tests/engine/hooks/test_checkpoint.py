@@ -178,8 +178,8 @@ def test_a_second_run_saves_its_end_again(trainer: SimpleTrainer, tmp_path: Path
 def test_d03_no_checkpoint_holds_a_bad_step(trainer: SimpleTrainer, tmp_path: Path) -> None:
     def poison(trainer: SimpleTrainer) -> None:
         if trainer.iter == 3:
-            # As an accelerator's value does, it comes over later.
-            trainer.storage.put_scalar("total_loss", math.nan, cur_iter=3)
+            # As with an accelerator, nobody hears of it until it is brought over.
+            trainer._metrics.put(trainer.storage, {"a": torch.tensor(math.nan)}, 0.0, "", None)
 
     checkpointer = checkpointer_of(trainer, tmp_path)
     trainer.register_hooks([CallbackHook(after_step=poison), PeriodicCheckpointer(checkpointer, 2)])

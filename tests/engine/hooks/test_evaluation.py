@@ -171,8 +171,8 @@ def test_nothing_is_evaluated_after_a_bad_step(simple: Callable[..., Any]) -> No
     function = Evaluation(trainer)
 
     def poison(trainer: Any) -> None:
-        # As an accelerator's value does, it comes over later.
-        trainer.storage.put_scalar("total_loss", math.nan)
+        # As with an accelerator, nobody hears of it until it is brought over.
+        trainer._metrics.put(trainer.storage, {"a": torch.tensor(math.nan)}, 0.0, "", None)
 
     trainer.register_hooks([CallbackHook(after_step=poison), EvalHook(1, function)])
     with pytest.raises(FloatingPointError, match="Iteration 0"):

@@ -49,11 +49,17 @@ def test_d32_sparse_values_give_all_in_the_order_of_iterations() -> None:
     assert new_values.take(storage) == {21: {"top1": 21.0}}
 
 
-def test_smoothed_values_put_now_and_then_give_one_median() -> None:
+def test_d32_smoothed_values_put_now_and_then_give_all_and_else_one_median() -> None:
     storage, new_values = EventStorage(), NewValues(20)
     for i in (2, 9, 16):
         storage.put_scalar("loss_val", float(i), cur_iter=i)
-    assert new_values.take(storage) == {16: {"loss_val": 9.0}}
+    for i in range(6, 17):
+        storage.put_scalar("loss", float(i), cur_iter=i)
+    assert new_values.take(storage) == {
+        2: {"loss_val": 2.0},
+        9: {"loss_val": 9.0},
+        16: {"loss_val": 16.0, "loss": 11.0},
+    }
 
 
 def test_d32_value_put_after_the_write_of_its_iteration_is_new() -> None:

@@ -1,5 +1,6 @@
 """The hooks that come with trainkit."""
 
+from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.callback import CallbackHook
 from trainkit.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from trainkit.engine.hooks.early_stopping import EarlyStopping
@@ -21,6 +22,7 @@ __all__ = [
     "CallbackHook",
     "EarlyStopping",
     "EvalHook",
+    "HookBase",
     "IterationTimer",
     "LRScheduler",
     "PeriodicCheckpointer",

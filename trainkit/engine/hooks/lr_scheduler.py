@@ -84,7 +84,7 @@ class LRScheduler(HookBase):
         elif trainer.iter == 0 and isinstance(self.scheduler, LRMultiplier):
             # The trainer may have trained before.
             self.scheduler.step(epoch=0)
-        self._group = _most_telling_group(self._optimizer)
+        self._group = self.get_best_param_group_id(self._optimizer)
 
     def before_step(self) -> None:
         """Tells a `ReduceLROnPlateau` the new values of its metric, if ranks agreed on metrics."""
@@ -114,6 +114,15 @@ class LRScheduler(HookBase):
             text = "%s was not put before the last step, so the learning rate stayed. There are: %s"
             logger.warning(text, self._metric, ", ".join(sorted(trainer.storage.histories())))
 
+    @staticmethod
+    def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
+        """Returns the index of the largest group, or of one with the most common rate."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if max(sizes) > 1:
+            return sizes.index(max(sizes))
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        return rates.index(Counter(rates).most_common(1)[0][0])
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the scheduler's state, and how far its metric was read."""
         if isinstance(self.scheduler, ParamScheduler):
@@ -132,12 +141,3 @@ class LRScheduler(HookBase):
 
     def _is_agreed(self, iteration: int) -> bool:
         return is_due(iteration, getattr(self.trainer, "gather_metric_period", 1))
-
-
-def _most_telling_group(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the index of the largest group, or of one with the most common rate if all have 1."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if max(sizes) > 1:
-        return sizes.index(max(sizes))
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    return rates.index(Counter(rates).most_common(1)[0][0])

@@ -77,7 +77,8 @@ class HistoryBuffer:
 
     def update(self, value: float, iteration: float | None = None) -> None:
         """Adds a value of `iteration`, which defaults to the number of values so far."""
-        self._settle()
+        if self.num_waiting:
+            self._settle()
         self.append(float(value), self._count if iteration is None else int(iteration))
 
     def append(self, value: float, iteration: int) -> None:

@@ -79,7 +79,7 @@ class EventStorage:
         iteration = self.iter if cur_iter is None else cur_iter
         name = self._prefix + name
         # The value before its history: one that cannot be read must leave no empty history behind.
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        if isinstance(value, torch.Tensor) and not value.is_cpu:
             # A copy: `value` may be a view of something large, or be written to before it is read.
             row = value.detach().reshape(1).clone()
             self._deferred.add(row, [self._history_to_fill(name, smoothing_hint)], iteration)
@@ -125,19 +125,19 @@ class EventStorage:
         for name, value in scalars.items():
             self.put_scalar(name, value, smoothing_hint, cur_iter)
 
-    def put_image(self, name: str, image: np.ndarray[Any, Any] | torch.Tensor) -> None:
+    def put_image(self, img_name: str, img_tensor: np.ndarray[Any, Any] | torch.Tensor) -> None:
         """Keeps an image of shape (3 or 1, H, W), uint8 or float in [0, 1], for the next write."""
-        self.images.append((self._prefix + name, image, self.iter))
+        self.images.append((self._prefix + img_name, img_tensor, self.iter))
 
-    def put_histogram(self, name: str, values: torch.Tensor, bins: int = 1000) -> None:
+    def put_histogram(self, hist_name: str, hist_tensor: torch.Tensor, bins: int = 1000) -> None:
         """Keeps a histogram of a tensor of any shape, for the next write. Reads the tensor now."""
-        values = values.detach().flatten().float().cpu()
+        values = hist_tensor.detach().flatten().float().cpu()
         low, high = values.min().item(), values.max().item()
         counts = torch.histc(values, bins=bins)
         edges = torch.linspace(low, high, steps=bins + 1)
         self.raw_histograms.append(
             {
-                "tag": self._prefix + name,
+                "tag": self._prefix + hist_name,
                 "min": low,
                 "max": high,
                 "num": values.numel(),

@@ -92,11 +92,11 @@ class NewValues:
             last_written = self._written.get(name, self._start_iter - 1)
             if iteration <= last_written:
                 continue
-            values = [(value, iteration)]
-            if not hints[name]:
-                new = [v for v in storage.history(name).values() if v[1] > last_written]
-                if len(new) < iteration - last_written:
-                    values = new
+            new = storage.history(name).after(last_written)
+            num_missed = iteration - last_written - len(new)
+            # A smoothed one that misses few iterations is still shown by its median.
+            is_rare = num_missed >= (len(new) if hints[name] else 1)
+            values = new if is_rare else [(value, iteration)]
             for v, i in values:
                 taken.setdefault(i, {})[name] = v
             self._written[name] = iteration
