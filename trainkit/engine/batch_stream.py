@@ -32,6 +32,7 @@ class BatchStream:
     def __init__(self, data_loader: Iterable[Any]) -> None:
         self._loader = data_loader
         self._is_stateful = hasattr(data_loader, "load_state_dict")
+        self._tells_samples = hasattr(data_loader, "samples_at")
         self._iterator: Iterator[Any] | None = None
         self._epoch = 0
         self._num_consumed = 0
@@ -58,7 +59,7 @@ class BatchStream:
     @property
     def place(self) -> Any:
         """Where the next batch begins: a `TrainLoader`'s position, or (epoch, batches consumed)."""
-        if hasattr(self._loader, "samples_at"):
+        if self._tells_samples:
             return self._loader.position  # type: ignore[attr-defined]  # of such a loader
         return self._epoch, self._num_consumed
 
@@ -87,11 +88,11 @@ class BatchStream:
             place: What `place` was then.
             rank: Whose share of the step is meant; None for that of all.
         """
-        if not hasattr(self._loader, "samples_at"):
+        if not self._tells_samples:
             if self._is_stateful:
                 return ""  # Only it knows where it stands.
             return f"The step began with batch {place[1]} of epoch {place[0]}. "
-        keys = self._loader.samples_at(place, rank)
+        keys = self._loader.samples_at(place, rank)  # type: ignore[attr-defined]  # of such a loader
         listed = [f"{epoch}:{offset}={index}" for index, epoch, offset in keys[:_MAX_LISTED]]
         more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
         return f"Its samples, as epoch:offset=index: {', '.join(listed)}{more}. "

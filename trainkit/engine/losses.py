@@ -73,7 +73,8 @@ def add_losses(
 ) -> None:
     """Adds a micro-batch's values, each times its weight, to those of the whole batch."""
     for name, value in values.items():
-        share = weighted(value.detach(), weight)
+        # The values of one micro-batch alone are read before their graph is in anybody's way.
+        share = value if weight == 1.0 else value.detach() * weight
         sums[name] = sums[name] + share if name in sums else share
 
 

@@ -12,9 +12,11 @@ from trainkit.engine.non_finite import NonFiniteError
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage
 
-# What must be finite in a step; names may have a prefix. The gradient's norm is the same on all
-# ranks, so that it names the one to blame only if no rank's own loss does.
-_HEALTH = ("total_loss", "grad_norm")
+HEALTH = ("total_loss", "grad_norm")
+"""What must be finite in a step; names may have a prefix.
+
+The gradient's norm is the same on all ranks, so that it blames one only if no rank's own loss does.
+"""
 
 Rows = dict[int, dict[str, float]]
 """Values by iteration and name."""
@@ -99,13 +101,13 @@ def raise_if_not_finite(
         NonFiniteError: The same on every rank, with iteration, rank, samples and all values.
     """
     for iteration in sorted({i for table in tables for i in table}):
-        for suffix, (rank, table) in itertools.product(_HEALTH, enumerate(tables)):
+        for suffix, (rank, table) in itertools.product(HEALTH, enumerate(tables)):
             values = table.get(iteration, {})
             health = [v for name, v in values.items() if name.endswith(suffix)]
             if not all(math.isfinite(value) for value in health):
                 listed = ", ".join(f"{name}={value:g}" for name, value in values.items())
                 # The norm is the same everywhere: it blames no rank.
-                samples = describe(iteration, rank if suffix == _HEALTH[0] else None)
+                samples = describe(iteration, rank if suffix == HEALTH[0] else None)
                 raise NonFiniteError(
                     f"Iteration {iteration} on rank {rank} is not finite: {listed}. {samples}No "
                     "checkpoint holds anything later. Lower the learning rate (SOLVER.BASE_LR), "

@@ -75,20 +75,23 @@ class NonFiniteGuard:
         if self.policy == "skip":
             self._buffers = TensorCopies(lambda: dict(model.named_buffers()))
 
-    def must_skip(self, grad_norm: torch.Tensor) -> bool:
+    def must_skip(self, grad_norm: torch.Tensor | float) -> bool:
         """Whether the update is to be left out."""
         if self.policy != "skip":
             return False
-        if math.isfinite(grad_norm.item()):
+        if math.isfinite(float(grad_norm)):
             self._num_in_a_row = 0
             return False
         return True
 
-    def norm_of_update(self, grad_norm: torch.Tensor, scaler: GradScaler) -> torch.Tensor:
+    def norm_of_update(
+        self, grad_norm: torch.Tensor | float, scaler: GradScaler
+    ) -> torch.Tensor | float:
         """Returns the norm for the metrics; 0 of a step that a scaler leaves out, as it may."""
         if not scaler.is_enabled():
             return grad_norm
-        return torch.where(grad_norm.isfinite(), grad_norm, 0.0)
+        norm = torch.as_tensor(grad_norm)
+        return torch.where(norm.isfinite(), norm, 0.0)
 
     def skip(self, storage: EventStorage, loss_dict: dict[str, torch.Tensor], samples: str) -> None:
         """Undoes a step, and says so; its losses stay out of the metrics, where NaN would linger.

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainkit.engine.metric_sync import exchange, local_rows, raise_if_not_finite, reduce_rows
+from trainkit.engine.metric_sync import (
+    HEALTH,
+    exchange,
+    local_rows,
+    raise_if_not_finite,
+    reduce_rows,
+)
 from trainkit.utils import comm
 from trainkit.utils.events.storage import EventStorage, get_event_storage
 
@@ -64,7 +70,7 @@ class StepMetrics:
         loss_dict: dict[str, torch.Tensor],
         data_time: float,
         prefix: str,
-        grad_norm: torch.Tensor | None,
+        grad_norm: torch.Tensor | float | None,
     ) -> bool:
         """Puts a step into the storage, as one row that stays on its device.
 
@@ -73,39 +79,50 @@ class StepMetrics:
             loss_dict: 0-d tensors by name; their sum is added as `total_loss` if it is missing.
             data_time: Seconds spent waiting for the batch.
             prefix: Put before each name.
-            grad_norm: The norm of the gradients, 0-d and the same on all ranks, or None.
+            grad_norm: The norm of the gradients, 0-d or a number, the same on all ranks; or None.
 
         Returns:
             False if the step is known not to be finite, on all ranks alike. What is on an
             accelerator, or without a gradient norm on other ranks, is known when it is synced.
         """
-        row = dict(loss_dict)
+        row: dict[str, torch.Tensor | float] = dict(loss_dict)
         if "total_loss" not in row:
-            row["total_loss"] = torch.stack([value.detach() for value in row.values()]).sum()
+            row["total_loss"] = torch.stack([value.detach() for value in loss_dict.values()]).sum()
         if grad_norm is not None:
             row["grad_norm"] = grad_norm
+        waiting = {}
+        # Those on the CPU are read at once, which is free.
+        for name, value in row.items():
+            if isinstance(value, torch.Tensor):
+                if not value.is_cpu:
+                    waiting[name] = value.detach()
+                    continue
+                value = row[name] = value.item()
+            storage.put_scalar(prefix + name, value)
+        if waiting:
+            _defer(storage, prefix, waiting)
+        storage.put_scalar(prefix + "data_time", data_time)
+        storage.put_scalar(prefix + "rank_data_time", data_time)
         if self._layout != (prefix, *row):
             self._layout = (prefix, *row)
             self._names.update(dict.fromkeys(prefix + name for name in (*row, "data_time")))
-        # Those on the CPU are read at once, which is free.
-        numbers = {name: value.item() for name, value in row.items() if value.is_cpu}
-        for name, number in numbers.items():
-            storage.put_scalar(prefix + name, number)
-        if len(numbers) < len(row):
-            _defer(storage, prefix, {n: v.detach() for n, v in row.items() if n not in numbers})
-        storage.put_scalar(prefix + "data_time", data_time)
-        storage.put_scalar(prefix + "rank_data_time", data_time)
         self._newest = storage.iter
-        return self._is_known_finite(row, numbers)
+        return self._is_known_finite(row)
 
-    def _is_known_finite(self, row: dict[str, torch.Tensor], numbers: dict[str, float]) -> bool:
-        # What all ranks know alike.
-        health = ["total_loss"] if comm.get_world_size() == 1 else []
-        health += ["grad_norm"] if "grad_norm" in row else []
-        if self._judges_now:
-            numbers = {**numbers, **{n: row[n].item() for n in health if n not in numbers}}
-        is_finite = all(math.isfinite(numbers.get(name, 0.0)) for name in health)
-        self._must_read |= not is_finite or not all(name in numbers for name in health)
+    def _is_known_finite(self, row: dict[str, torch.Tensor | float]) -> bool:
+        is_finite = True
+        for name in HEALTH:
+            # What all ranks know alike.
+            if name not in row or (name == "total_loss" and comm.get_world_size() > 1):
+                continue
+            value = row[name]
+            if isinstance(value, torch.Tensor):
+                if not self._judges_now:
+                    self._must_read = True
+                    continue
+                value = value.item()
+            is_finite &= math.isfinite(value)
+        self._must_read |= not is_finite
         return is_finite
 
     def sync(self, storage: EventStorage, describe: Callable[..., str]) -> StopRequest | None:

@@ -26,7 +26,7 @@ from trainkit.engine.non_finite import NonFiniteGuard
 from trainkit.engine.preemption import leave
 from trainkit.engine.step_metrics import StepMetrics, StopRequest, write_metrics
 from trainkit.engine.trainer_state import PER_RANK, load_local_state, local_state
-from trainkit.solver.clip import GradientClipper, total_grad_norm
+from trainkit.solver.clip import GradientClipper, cheap_grad_norm
 from trainkit.utils import comm
 from trainkit.utils.device import PRECISIONS, autocast
 from trainkit.utils.errors import ConfigError
@@ -221,7 +221,7 @@ class SimpleTrainer(TrainerBase):
             raise ConfigError(f"accumulate (SOLVER.ACCUMULATE) is {accumulate}; it is at least 1.")
         self.gather_metric_period, self.accumulate = gather_metric_period, accumulate
         self.precision, self.seed = precision, seed
-        self.grad_clipper = grad_clipper or total_grad_norm
+        self.grad_clipper = grad_clipper or cheap_grad_norm
         self._is_inside_update = self._must_rehearse = False
         self._parameter: nn.Parameter | None = None
         self._guard = NonFiniteGuard(non_finite)
@@ -308,7 +308,7 @@ class SimpleTrainer(TrainerBase):
         loss_dict: dict[str, torch.Tensor],
         data_time: float,
         prefix: str = "",
-        grad_norm: torch.Tensor | None = None,
+        grad_norm: torch.Tensor | float | None = None,
     ) -> None:
         """Puts a step into the storage; raises if it is known not to be finite."""
         if not self._metrics.put(self.storage, loss_dict, data_time, prefix, grad_norm):

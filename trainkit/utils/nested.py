@@ -14,7 +14,7 @@ def move_to(batch: Any, device: torch.device) -> Any:
         device: Where to. Copies from pinned memory do not block the host.
     """
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch if batch.device == device else batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: move_to(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

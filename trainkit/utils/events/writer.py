@@ -93,9 +93,9 @@ class NewValues:
             if iteration <= last_written:
                 continue
             new = storage.history(name).after(last_written)
-            num_missed = iteration - last_written - len(new)
-            # A smoothed one that misses few iterations is still shown by its median.
-            is_rare = num_missed >= (len(new) if hints[name] else 1)
+            # A smoothed one that misses few iterations, or begins late, is shown by its median.
+            begin = new[-1][1] - 1 if hints[name] and name not in self._written else last_written
+            is_rare = iteration - begin - len(new) >= (len(new) if hints[name] else 1)
             values = new if is_rare else [(value, iteration)]
             for v, i in values:
                 taken.setdefault(i, {})[name] = v
