@@ -15,6 +15,7 @@ import torch
 from trainkit.checkpoint import Checkpointer, PeriodicCheckpointer
 from trainkit.checkpoint.lock import hold_run_folder
 from trainkit.config import CfgNode, get_cfg
+from trainkit.config.lazy_cfg import load_cfg
 from trainkit.data import MetadataCatalog, build_test_loader, build_train_loader
 from trainkit.engine import default_argument_parser, default_setup, default_writers, exit_codes
 from trainkit.evaluation import (
@@ -53,6 +54,7 @@ def check_flat(cfg: CfgNode, world_size: int) -> None:
     default = get_cfg()
     keys = [(section, name) for section, names in LEFT_OUT.items() for name in names]
     asked = [f"{s}.{n}" for s, n in keys if cfg[s][n] != default[s][n]]
+    asked += ["the calls of a .py config"] * ("LAZY" in cfg)
     asked += [f"{world_size} processes"] * (world_size > 1) + ["a drawn SEED"] * (cfg.SEED < 0)
     if asked:
         raise ConfigError(
@@ -135,10 +137,7 @@ def train(cfg: CfgNode, model: torch.nn.Module, resume: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Merges the config, then evaluates or trains."""
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_cfg(args.config_file, args.opts)
     check_flat(cfg, max(args.num_gpus * args.num_machines, int(os.environ.get("WORLD_SIZE", "1"))))
     cfg.freeze()
     default_setup(cfg, args)

@@ -32,7 +32,8 @@ from torch import multiprocessing as mp
 
 from trainkit.checkpoint.format import load_checkpoint
 from trainkit.checkpoint.manifest import read_manifest
-from trainkit.config import CfgNode, get_cfg
+from trainkit.config import CfgNode
+from trainkit.config.lazy_cfg import load_cfg
 from trainkit.engine import (
     CallbackHook,
     DefaultTrainer,
@@ -113,10 +114,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_cfg(args: argparse.Namespace, output_dir: Path) -> CfgNode:
     """Returns the user's config for a run into a folder, with a seed in any case."""
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_cfg(args.config_file, args.opts)
     cfg.OUTPUT_DIR = str(output_dir)
     cfg.SEED = max(cfg.SEED, 0)
     # Those of a whole run.

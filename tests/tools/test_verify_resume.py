@@ -202,6 +202,14 @@ def test_a_run_that_fails_by_itself_says_why(
     assert re.search(message, text, re.DOTALL | re.MULTILINE), text
 
 
+def test_a_config_in_python_is_taken_too(tmp_path: Path) -> None:
+    config = Path(__file__).parents[2] / "configs" / "lazy" / "fashion_mnist.py"
+    args = verify_resume.parse_args(["--config-file", str(config), "train.max_iter=7"])
+    cfg = verify_resume.build_cfg(args, tmp_path)
+    assert (cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR) == (7, str(tmp_path))
+    assert "model" in cfg.LAZY
+
+
 def test_the_places_are_drawn_by_their_own_seed() -> None:
     def places(*options: str) -> list[int]:
         return verify_resume.choose_places(verify_resume.parse_args(options), 30)
