@@ -207,7 +207,7 @@ def test_a_config_in_python_is_taken_too(tmp_path: Path) -> None:
     args = verify_resume.parse_args(["--config-file", str(config), "train.max_iter=7"])
     cfg = verify_resume.build_cfg(args, tmp_path)
     assert cfg.SOLVER.MAX_ITER == 7
-    assert cfg.OUTPUT_DIR == str(tmp_path)
+    assert Path(cfg.OUTPUT_DIR) == tmp_path
     assert "model" in cfg.LAZY
 
 
