@@ -46,7 +46,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="a .yaml or .py config")
     parser.add_argument(
-        "-n", "--num-inputs", type=int, default=10, help="samples to count on (default: 10)"
+        "-n",
+        "--num-inputs",
+        type=int,
+        default=10,
+        help="samples to count on, or batches of a .py config's own loader (default: 10)",
     )
     parser.add_argument("--max-depth", type=int, default=3, help="of modules shown (default: 3)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
@@ -62,7 +66,8 @@ def parse_args() -> argparse.Namespace:
 def setup(args: argparse.Namespace) -> CfgNode:
     """Merges defaults, config file and command line, with batches of one sample."""
     one_by_one = ["TEST.IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0]
-    cfg = load_cfg(args.config_file, [*args.opts, *one_by_one])
+    cfg = load_cfg(args.config_file, args.opts)
+    cfg.merge_from_list(one_by_one)
     check_cfg(cfg)
     return cfg
 

@@ -1,10 +1,14 @@
 """Measures how fast a config trains (with and without hooks), evaluates, or loads its data.
 
-What is printed is the median over blocks of iterations, after a warmup. Nothing is written to
+What is printed is the median over blocks of iterations, after a warmup. The tasks loop, startup and
+checkpoint compare trainkit with PyTorch alone, in rounds in which each takes its turn: a step, the
+time until the first one, saving and loading. loop and startup take a model of about a thousand
+parameters, or a config if one is given: what the engine costs that run. Nothing is written to
 OUTPUT_DIR.
 """
 
 import argparse
+import importlib
 import itertools
 import shlex
 import statistics
@@ -30,6 +34,8 @@ from trainkit.utils.errors import ConfigError
 from trainkit.utils.nested import batch_size, move_to
 
 NUM_BLOCKS = 10
+COSTS = ("loop", "startup", "checkpoint")
+"""Tasks that compare, in `benchmark_costs.py`."""
 
 Rate = tuple[str, float, float]
 """What was measured, seconds of an iteration, and its samples on all ranks together."""
@@ -107,6 +113,7 @@ def measure_data(cfg: CfgNode, args: argparse.Namespace) -> Iterator[Rate]:
         loader.dataset,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        accumulate=cfg.SOLVER.ACCUMULATE,
         collate_fn=getattr(loader, "collate_fn", default_collate),
     )
     per_rank = cfg.SOLVER.IMS_PER_BATCH / comm.get_world_size()
@@ -131,10 +138,23 @@ def timed(name: str, loader: Any, args: argparse.Namespace, use: Any) -> Rate:
     return name, clock.seconds, sum(comm.all_gather(statistics.fmean(sizes)))
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Checks what argparse does not.
+
+    Raises:
+        ConfigError: If a number is too small, or an option is not one of this task.
+    """
+    for name in ("warmup", "iterations", "rounds", "megabytes"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: it is at least 1.")
+    if args.task in COSTS and args.num_gpus != 1:
+        raise ConfigError(f"--num-gpus {args.num_gpus}: --task {args.task} takes one process.")
+    if args.task not in COSTS and (args.json or args.plot):
+        raise ConfigError(f"--json and --plot: they are for --task {', '.join(COSTS)}.")
+
+
 def main(args: argparse.Namespace) -> None:
     """Measures on every process, and prints on rank 0."""
-    if args.warmup < 1 or args.iterations < 1:
-        raise ConfigError(f"--warmup {args.warmup} --iterations {args.iterations}: both are >= 1.")
     cfg = load_cfg(args.config_file, args.opts)
     with tempfile.TemporaryDirectory() as folder:
         cfg.OUTPUT_DIR = comm.broadcast(folder)
@@ -159,11 +179,15 @@ def parse_args() -> argparse.Namespace:
         "configs/fashion_mnist.yaml MODEL.DEVICE cpu",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--task", choices=("train", "eval", "data"), required=True)
+    parser.add_argument("--task", choices=("train", "eval", "data", *COSTS), required=True)
     parser.add_argument("--config-file", default="", metavar="FILE", help="a .yaml or .py config")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     parser.add_argument("--iterations", type=int, default=100, help="to time (default: 100)")
     parser.add_argument("--warmup", type=int, default=20, help="iterations before (default: 20)")
+    parser.add_argument("--rounds", type=int, default=5, help="of comparisons (default: 5)")
+    parser.add_argument("--megabytes", type=int, default=200, help="to save (default: 200)")
+    parser.add_argument("--json", metavar="FILE", help="writes what was compared, round by round")
+    parser.add_argument("--plot", metavar="FILE", help="draws it; needs matplotlib")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
     parser.add_argument(
         "opts",
@@ -178,4 +202,9 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse_args()
     with exit_codes(debug=args.debug):
-        launch(main, args.num_gpus, args=(args,))
+        check_args(args)
+        if args.task in COSTS:
+            # Beside this file; it runs loops in processes of its own, without `launch`.
+            importlib.import_module("benchmark_costs").compare(args)
+        else:
+            launch(main, args.num_gpus, args=(args,))

@@ -33,6 +33,12 @@ from trainkit.utils.errors import ConfigError
 
 logger = logging.getLogger("trainkit")
 
+EXAMPLE = """
+Example:
+
+    tools/lazyconfig_train_net.py --config-file configs/lazy/fashion_mnist.py train.max_iter=100
+"""
+
 
 def build_model(cfg: Any) -> nn.Module:
     """Returns the model on its device, with the same weights on every rank."""
@@ -99,11 +105,18 @@ def do_train(cfg: Any, resume: bool) -> None:
         checkpointer.clear_finished()
         trainer.train(start_iter, train.max_iter)
         comm.synchronize()
-        checkpointer.mark_finished(trainer.iter - 1)
+        if trainer.interruption is None and trainer.iter == trainer.max_iter:
+            checkpointer.mark_finished(trainer.iter - 1)
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs on every process."""
+    if not args.config_file.endswith(".py"):
+        raise ConfigError(
+            f"--config-file is {args.config_file!r}, but this script makes the calls that a .py "
+            "config notes. Give one, such as configs/lazy/fashion_mnist.py; for .yaml there is "
+            "tools/train_net.py."
+        )
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     if cfg.train.get("seed", -1) < 0:
         cfg.train.seed = comm.shared_random_seed()
@@ -120,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    args = default_argument_parser(epilog=EXAMPLE).parse_args()
     with exit_codes(debug=args.debug):
         launch(
             main,

@@ -92,8 +92,11 @@ class Net(nn.Module):
         return {"loss": self.layers(points).square().mean()}
 
 
-def train(folder: Path, kill_at: int) -> None:
-    """Trains from the newest checkpoint; its saves make calls numbered from 0 all together."""
+def train(folder: Path, kill_at: int, is_async: bool = False) -> None:
+    """Trains from the newest checkpoint; its saves make calls numbered from 0 all together.
+
+    Asynchronous ones have names of their own, and only the newest is kept.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Net()
@@ -111,7 +114,9 @@ def train(folder: Path, kill_at: int) -> None:
     def save_final(trainer: Any) -> None:
         checkpointer.save("model_final", iteration=trainer.iter - 1)
 
-    trainer.register_hooks([hooks.CallbackHook(after_step=save_latest, after_train=save_final)])
+    periodic = hooks.PeriodicCheckpointer(checkpointer, PERIOD, max_to_keep=1, is_async=True)
+    synchronous = hooks.CallbackHook(after_step=save_latest, after_train=save_final)
+    trainer.register_hooks([periodic if is_async else synchronous])
     extra = checkpointer.resume_or_load("")
     Killer(kill_at).arm()
     trainer.train(extra.get("iteration", -1) + 1, MAX_ITER)

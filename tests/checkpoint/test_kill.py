@@ -1,4 +1,4 @@
-"""F1 and F2: a save that is killed anywhere leaves the old state or the new one, never a mix."""
+"""F1, F2 and F20: a killed save leaves the old state or the new one, never a mix."""
 
 import shutil
 import signal
@@ -91,15 +91,26 @@ def assert_no_kill_loses(tmp_path: Path, old: Path, name: str) -> None:
 def test_f01_a_run_killed_at_any_call_of_its_saves_ends_like_an_unbroken_one(
     tmp_path: Path,
 ) -> None:
+    assert_no_kill_changes_the_end(tmp_path, is_async=False)
+
+
+def test_f20_a_run_killed_at_any_call_of_a_save_in_the_background_ends_like_an_unbroken_one(
+    tmp_path: Path,
+) -> None:
+    assert_no_kill_changes_the_end(tmp_path, is_async=True)
+
+
+def assert_no_kill_changes_the_end(tmp_path: Path, is_async: bool) -> None:
+    """Compares a run with synchronous saves and runs that are killed, each at another call."""
     assert start(train, tmp_path / "unbroken", NEVER) == 0
     expected = torch.load(tmp_path / "unbroken" / "model_final.pth", weights_only=True)
     for kill_at in range(NEVER):
         folder = tmp_path / str(kill_at)
-        code = start(train, folder, kill_at)
+        code = start(train, folder, kill_at, is_async)
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert start(train, folder, NEVER) == 0
+        assert start(train, folder, NEVER, is_async) == 0
         found = torch.load(folder / "model_final.pth", weights_only=True)
         for key in ("model", "optimizer"):
             part = [state if key == "model" else state["trainer"] for state in (found, expected)]

@@ -19,9 +19,9 @@ from trainkit.checkpoint.matching import (
     load_what_fits,
     split_options,
     tabulate_differences,
-    unwrap,
 )
 from trainkit.utils.errors import CheckpointError
+from trainkit.utils.wrappers import unwrap
 
 
 class Compiled(nn.Module):
@@ -304,3 +304,8 @@ def test_a_misfit_is_explained_once() -> None:
         explaining_misfit("b", "a"),
     ):
         raise KeyError("lr")
+
+
+def test_weights_alone_may_hold_a_modules_extra_state() -> None:
+    state = {"weight": torch.ones(1), "part._extra_state": {"count": 3}}
+    assert find_weights(state, "x.pth")["model"] == state

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,28 @@ def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
+def save_in_background(checkpointer: Checkpointer) -> list[Any]:
+    """Saves once, then where no folder can be made; returns what each rank then learns."""
+    background, told = checkpointer.background, []
+
+    def save() -> None:
+        checkpointer.save_in_background("ema_0000005", lambda: None, nullcontext, iteration=5)
+
+    save()
+    # Only rank 0 knows whether it is over; what follows waits on both.
+    told.append(error_of(checkpointer.save_untagged, "ema_best"))
+    folder, checkpointer.save_dir = checkpointer.save_dir, "/dev/null/nowhere"
+    save()
+    background._is_over.wait()
+    told.append(error_of(background.poll))
+    told.append(error_of(background.wait))
+    save()
+    checkpointer.save_dir = folder
+    # After an error of its own, no rank waits for the others.
+    told.append(error_of(background.wait, alone=True))
+    return told
+
+
 def work(folder: Path) -> dict[str, Any]:
     state = Collective()
     # As detectron2's users write it: the others take part all the same.
@@ -64,6 +87,7 @@ def work(folder: Path) -> dict[str, Any]:
     comm.synchronize()
     report["extra"] = checkpointer.resume_or_load("")
     report["ranks"] = state.ranks
+    report["background"] = save_in_background(checkpointer)
     checkpointer.mark_finished(1)
     report["finished"] = checkpointer.finished_iteration()
     checkpointer.clear_finished()
@@ -130,6 +154,18 @@ def test_d23_a_file_that_only_rank_0_sees_reaches_all(
     assert (folder / "0" / "own" / "model_0000004.pth").is_file()
     assert os.listdir(folder / "1") == []
     assert [report["own disk"] for report in reports] == [[True, {"iteration": 4}, [0, 1]]] * 2
+
+
+def test_f20_all_ranks_learn_what_became_of_a_save_in_the_background(
+    folder: Path, reports: list[dict[str, Any]]
+) -> None:
+    assert (folder / "run" / "ema_0000005.pth").is_file()
+    error = (
+        "Cannot save checkpoint /dev/null/nowhere/ema_0000005.pth: Not a directory. Earlier "
+        "checkpoints are intact: check the storage, or set another OUTPUT_DIR."
+    )
+    assert reports[0]["background"] == ["", error, "", error]
+    assert reports[1]["background"] == ["", error, "", ""]
 
 
 def test_a_file_that_one_rank_cannot_load_is_skipped_by_all(reports: list[dict[str, Any]]) -> None:

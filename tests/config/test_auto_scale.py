@@ -86,3 +86,11 @@ def test_a_batch_that_the_reference_cannot_share_is_refused(cfg: CfgNode) -> Non
     message = r"IMS_PER_BATCH is 20, which is no multiple of SOLVER\.REFERENCE_WORLD_SIZE, 8"
     with pytest.raises(ConfigError, match=message):
         auto_scale_workers(cfg, 4)
+
+
+def test_a_python_config_is_not_scaled_by_half() -> None:
+    cfg = get_cfg()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 2
+    cfg.LAZY = CfgNode()
+    with pytest.raises(ConfigError, match="cannot scale the loader and the optimizer"):
+        auto_scale_workers(cfg, 1)

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from trainkit.config.lazy import LazyConfig
 from trainkit.config.lazy_files import lazy_dict
 from trainkit.config.overrides import apply_override
 from trainkit.utils.errors import ConfigError
@@ -124,3 +125,15 @@ def test_a_missing_hydra_is_named_with_the_mend(
     monkeypatch.setitem(sys.modules, "hydra.core.override_parser.overrides_parser", None)
     with pytest.raises(ConfigError, match=r"hydra-core: pip install 'trainkit\[lazy\]'"):
         apply_override(cfg, "train.max_iter=3")
+
+
+@pytest.mark.parametrize("value", ["0.5", "inf", "nan"])
+def test_a_whole_number_stays_one(value: str) -> None:
+    cfg = lazy_dict({"train": {"max_iter": 10}})
+    with pytest.raises(ConfigError, match=r"train.max_iter is a whole number, 10.*write \+train"):
+        LazyConfig.apply_overrides(cfg, [f"train.max_iter={value}"])
+
+
+def test_an_option_among_the_overrides_is_told() -> None:
+    with pytest.raises(ConfigError, match="--resume stands among the overrides"):
+        LazyConfig.apply_overrides(lazy_dict({"a": 1}), ["--resume"])

@@ -405,3 +405,15 @@ def test_detectron2s_test_loader_takes_a_config_or_arguments(cfg: CfgNode) -> No
         build_detection_test_loader([])
     with pytest.raises(ConfigError, match="dataset_name is empty"):
         build_detection_test_loader(cfg)
+
+
+def test_a_sampler_of_torchs_that_lists_its_indices_gets_a_plain_loader() -> None:
+    sampler = torch.utils.data.SubsetRandomSampler(range(10))
+    loader = build_batch_data_loader(list(range(20)), sampler, 2)
+    assert sorted(index for batch in loader for index in batch) == list(range(10))
+
+
+def test_a_generator_of_the_users_is_taken() -> None:
+    generator = torch.Generator().manual_seed(3)
+    loader = build_detection_test_loader([1, 2, 3], generator=generator)
+    assert loader.generator is generator

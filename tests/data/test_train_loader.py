@@ -501,3 +501,21 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_nearest_sizes(
     as_rank(monkeypatch, 0, world_size)
     with pytest.raises(ConfigError, match=words):
         make(batch_size, accumulate=accumulate)
+
+
+def test_a_replaced_sample_comes_from_the_same_group() -> None:
+    groups = [index % 2 for index in range(20)]
+    sampler = GroupedBatchSampler(TrainingSampler(20, seed=1), groups, 4)
+    dataset = MapDataset(list(range(20)), lambda x: None if x in (3, 8) else x)
+    loader = TrainLoader(dataset, sampler, 4, seed=1, collate_fn=list)
+    for batch in itertools.islice(loader, 30):
+        assert len({groups[index] for index in batch}) == 1
+
+
+def test_two_loaders_of_one_sampler_do_not_change_each_others_order() -> None:
+    sampler = TrainingSampler(20, seed=0)
+    first = TrainLoader(list(range(20)), sampler, 5, seed=1, collate_fn=list)
+    alone = [list(batch) for batch in itertools.islice(first, 4)]
+    first = TrainLoader(list(range(20)), sampler, 5, seed=1, collate_fn=list)
+    TrainLoader(list(range(20)), sampler, 5, seed=2, collate_fn=list)
+    assert [list(batch) for batch in itertools.islice(first, 4)] == alone

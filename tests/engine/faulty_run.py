@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -96,6 +97,12 @@ def hang(*signals: int) -> None:
     libc.pthread_mutex_lock(lock)
 
 
+def dawdle(seconds: float, *signals: int) -> None:
+    """Takes its time, in a call that nothing cuts short, and gets signals meanwhile."""
+    threading.Thread(target=get, args=signals, daemon=True).start()
+    time.sleep(seconds)
+
+
 def kill() -> None:
     get(signal.SIGKILL)
 
@@ -175,12 +182,13 @@ class FaultyTrainer(DefaultTrainer):
             index, _, _ = self.data_loader.samples_at(place, sample.rank)[3]
             self.data_loader.dataset.dataset.kinds[index] = sample.kind
 
-    def meet(self, place: str) -> None:
-        """Has the fault happen if this is where and when it does."""
+    def meet(self, place: str, iteration: int | None = None) -> None:
+        """Has the fault happen if this is where and when it does; that is now, or `iteration`."""
         fault = self.fault
         if fault is None or comm.get_rank() not in fault.ranks:
             return
-        if (place, self.iter) == (fault.place, fault.iteration):
+        now = self.iter if iteration is None else iteration
+        if (place, now) == (fault.place, fault.iteration):
             self.fault = None
             fault.action()
 
@@ -208,8 +216,11 @@ def meet_in_saves(trainer: FaultyTrainer) -> None:
     fsync = os.fsync
 
     def faulty_fsync(descriptor: int) -> None:
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pth.tmp"):
-            trainer.meet("save")
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith(".pth.tmp"):
+            # A save in the background is of an earlier iteration, which its name tells.
+            numbered = re.search(r"model_(\d{7})\.pth", path)
+            trainer.meet("save", int(numbered[1]) if numbered else None)
         fsync(descriptor)
 
     os.fsync = faulty_fsync  # type: ignore[assignment]  # it is given descriptors only

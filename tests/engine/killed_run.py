@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -223,12 +224,14 @@ def kill_in_calls(trainer: KilledTrainer) -> None:
     """Makes `os.fsync` and `os.replace` kill where the trainer saves, rank 0 that is."""
     fsync, replace = os.fsync, os.replace
 
-    def is_at(place: str) -> bool:
-        return trainer.kill == (place, trainer.iter)
+    def is_at(place: str, path: str = "") -> bool:
+        # A save in the background is of an earlier iteration, which its name tells.
+        numbered = re.search(r"model_(\d{7})\.pth", path)
+        return trainer.kill == (place, int(numbered[1]) if numbered else trainer.iter)
 
     def killing_fsync(descriptor: int) -> None:
-        is_checkpoint = os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pth.tmp")
-        if is_checkpoint and is_at("inside a save"):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith(".pth.tmp") and is_at("inside a save", path):
             # As if half of it were written.
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
             kill()
@@ -238,10 +241,10 @@ def kill_in_calls(trainer: KilledTrainer) -> None:
         name = Path(path).name
         place = {"model_best.pth": "before the best", "finished.json": "before the end is noted"}
         is_checkpoint = name.startswith("model_")
-        if is_at(place.get(name, "before publishing" if is_checkpoint else "")):
+        if is_at(place.get(name, "before publishing" if is_checkpoint else ""), name):
             kill()
         replace(source, path)
-        if is_checkpoint and is_at("after publishing"):
+        if is_checkpoint and is_at("after publishing", name):
             kill()
 
     mock.patch.multiple(os, fsync=killing_fsync, replace=killing_replace).start()

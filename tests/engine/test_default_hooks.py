@@ -11,6 +11,7 @@ import torch
 from trainkit.config.config import CfgNode
 from trainkit.engine.defaults import DefaultTrainer
 from trainkit.engine.hooks.callback import CallbackHook
+from trainkit.engine.hooks.checkpoint import BestCheckpointer
 from trainkit.engine.hooks.ema import EMA
 from trainkit.engine.train_loop import SimpleTrainer
 from trainkit.utils import comm
@@ -123,3 +124,43 @@ def test_a_length_in_epochs_is_one_in_iterations(make_cfg: MakeCfg) -> None:
     trainer.train()
     assert trainer.iter == 6
     assert trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 3
+
+
+def test_precise_statistics_are_those_of_the_averaged_weights(make_cfg: MakeCfg) -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def test(cls, cfg: CfgNode, model: Any, evaluators: Any = None) -> dict[str, Any]:
+            seen.append([b.clone() for b in model.buffers() if b.is_floating_point()])
+            return super().test(cfg, model, evaluators)
+
+    averaged = ("MODEL.EMA.ENABLED", True, "OUTPUT_DIR")
+    ends = []
+    for precise in (False, True):
+        folder = str(make_cfg().OUTPUT_DIR) + str(precise)
+        trainer = Trainer(make_cfg(*averaged, folder, "TEST.PRECISE_BN.ENABLED", precise))
+        trainer.train()
+        ends.append(weights(trainer))
+    assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_the_best_may_be_the_smallest(make_cfg: MakeCfg, tmp_path: Path) -> None:
+    best = ("TEST.BEST_METRIC", "val/total_loss", "TEST.BEST_MODE", "min", "TEST.EVAL_PERIOD", 1)
+    trainer = DefaultTrainer(make_cfg("DATASETS.VAL", ("tiny_other",), *best))
+    trainer.train()
+    values = [v for v, _ in trainer.storage.history("val/total_loss").values()]
+    state = trainer.state_dict()["hooks"]["BestCheckpointer"]
+    assert state["best"] == min(values) < max(values)
+
+
+def test_a_second_run_of_a_trainer_has_a_best_of_its_own(make_cfg: MakeCfg) -> None:
+    best = ("TEST.BEST_METRIC", "val/total_loss", "TEST.BEST_MODE", "min", "TEST.EVAL_PERIOD", 1)
+    trainer = DefaultTrainer(make_cfg("DATASETS.VAL", ("tiny_other",), *best))
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, BestCheckpointer))
+    trainer.train()
+    # As if the first run had reached what no run reaches.
+    hook._best = -1.0
+    trainer.train(0, 4)
+    assert hook._best != -1.0

@@ -23,6 +23,7 @@ from trainkit.engine.hooks.checkpoint import PeriodicCheckpointer
 from trainkit.engine.hooks.writer import PeriodicWriter
 from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
 from trainkit.engine.train_loop import AMPTrainer, SimpleTrainer
+from trainkit.evaluation.classification import ClassificationEvaluator
 from trainkit.evaluation.evaluator import DatasetEvaluator
 from trainkit.evaluation.testing import ResultsMismatchError
 from trainkit.utils.errors import CheckpointError, ConfigError, UnknownNameError
@@ -623,3 +624,76 @@ def test_d51_a_lazy_config_is_taken_as_it_is(tmp_path: Path) -> None:
     trainer = DefaultTrainer(cfg)
     assert trainer.train()["classification"]["top1"] > 0
     assert len(trainer.storage.history("total_loss").values()) == 2
+
+
+@pytest.mark.parametrize("has_own_init", [False, True])
+def test_an_assigned_trainer_clips_and_judges_as_the_config_says(
+    make_cfg: MakeCfg, has_own_init: bool
+) -> None:
+    clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    cfg = make_cfg(*clip, "SOLVER.NON_FINITE", "skip")
+    trainer = Detectron2Style(cfg) if has_own_init else DefaultTrainer(cfg)
+    if not has_own_init:
+        trainer._trainer = SimpleTrainer(trainer.model, trainer.data_loader, trainer.optimizer)
+    norms: list[float] = []
+
+    def take(trainer: SimpleTrainer) -> None:
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    trainer.register_hooks([CallbackHook(after_step=take)])
+    trainer.train()
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert trainer._guard.policy == "skip"
+
+
+def test_an_assigned_trainer_resumes_with_a_seed_that_was_drawn(
+    make_cfg: MakeCfg, tmp_path: Path
+) -> None:
+    def assigned(cfg: CfgNode) -> DefaultTrainer:
+        trainer = DefaultTrainer(cfg)
+        trainer._trainer = SimpleTrainer(trainer.model, trainer.data_loader, trainer.optimizer)
+        trainer.resume_or_load(resume=True)
+        return trainer
+
+    cfg = make_cfg("SEED", -1, "MODEL.DROPOUT", 0.5)
+    assigned(cfg).train()
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "model_0000003.pth").unlink()
+    ends = []
+    for _ in range(2):
+        trainer = assigned(cfg)
+        assert trainer.start_iter == 2
+        trainer.train()
+        ends.append(weights(trainer))
+        for name in ("model_final.pth", "finished.json", "model_0000003.pth"):
+            (tmp_path / name).unlink()
+    assert same(*ends)
+
+
+def test_a_loader_of_other_micro_batches_is_refused(make_cfg: MakeCfg) -> None:
+    trainer = DefaultTrainer(make_cfg("SOLVER.ACCUMULATE", 2))
+    with pytest.raises(ConfigError, match=r"yields 2 micro-batches.* takes 1 .*accumulate=2"):
+        SimpleTrainer(trainer.model, trainer.data_loader, trainer.optimizer)
+
+
+def test_an_evaluator_that_is_not_there_evaluates_nothing(
+    make_cfg: MakeCfg, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+            raise NotImplementedError
+
+    trainer = Trainer(make_cfg())
+    assert trainer.train() == {}
+    assert "build_evaluator has none for tiny_test" in caplog.text
+    with pytest.raises(ConfigError, match="2 evaluators cannot judge the 1 data sets"):
+        Trainer.test(trainer.cfg, trainer.model, [ClassificationEvaluator(["a"])] * 2)
+
+
+def test_an_interrupted_run_has_no_results(make_cfg: MakeCfg) -> None:
+    trainer = DefaultTrainer(make_cfg("TEST.EVAL_PERIOD", 1))
+    trainer.register_hooks([stopping_at(2)])
+    assert trainer.train() == {}

@@ -15,6 +15,7 @@ from tests.engine.faulty_run import (
     Fault,
     Sample,
     assert_same_end,
+    dawdle,
     get,
     get_as_group,
     get_later,
@@ -170,6 +171,43 @@ def test_f12_a_second_ctrl_c_leaves_at_once_what_does_not_hang(
     assert start(tmp_path, [], Fault("before_step", 8, partial(get, INT, INT))) == [130]
     assert saved(tmp_path)[-1] == 5
     assert_resumes(tmp_path, unbroken)
+
+
+ASYNC = ["CHECKPOINT.ASYNC", True]
+
+
+@pytest.mark.parametrize("iteration", [5, 11])
+def test_f20_a_signal_during_a_save_in_the_background_is_answered_after_it(
+    tmp_path: Path, unbroken: Path, iteration: int
+) -> None:
+    fault = Fault("save", iteration, partial(dawdle, 0.5, TERM))
+    assert start(tmp_path, ASYNC, fault) == [143]
+    assert iteration in saved(tmp_path)
+    assert_resumes(tmp_path, unbroken, *ASYNC)
+
+
+# The second Ctrl-C ends training, or the step; what comes next meets no handler any more, or does.
+@pytest.mark.parametrize(
+    ("signals", "codes"), [((TERM, TERM), (143,)), ((INT, INT, TERM), (-TERM, 143))]
+)
+def test_f20_a_second_signal_forces_the_exit_although_a_save_hangs(
+    tmp_path: Path, unbroken: Path, signals: tuple[int, ...], codes: tuple[int, ...]
+) -> None:
+    fault = Fault("save", 11, partial(hang, *signals))
+    assert start(tmp_path, ASYNC, fault)[0] in codes
+    checkpoints = sorted(tmp_path.glob("model_*.pth"))
+    assert [path.name for path in checkpoints] == ["model_0000005.pth", "model_best.pth"]
+    assert_resumes(tmp_path, unbroken, *ASYNC)
+
+
+def test_f20_a_second_ctrl_c_ends_training_and_the_process_with_the_save_in_flight(
+    tmp_path: Path, unbroken: Path
+) -> None:
+    fault = Fault("save", 5, partial(dawdle, 3.0, INT, INT))
+    assert start(tmp_path, ASYNC, fault) == [130]
+    # That of the first signal was not made.
+    assert saved(tmp_path)[-1] == 5
+    assert_resumes(tmp_path, unbroken, *ASYNC)
 
 
 ARRAY = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "11"}

@@ -217,3 +217,13 @@ def test_one_process_waits_for_no_gradient() -> None:
     model = HalfUsed()
     model(torch.ones(1)).backward()
     check_all_used(model)
+
+
+def test_a_buffer_that_has_grown_gets_its_size_back() -> None:
+    model = Normalized()
+    model.register_buffer("cache", torch.ones(2))
+    buffers = TensorCopies(lambda: dict(model.named_buffers()))
+    model.cache = torch.zeros(5)
+    model.register_buffer("late", torch.ones(1))
+    buffers.restore()
+    assert torch.equal(model.cache, torch.ones(2))

@@ -70,6 +70,8 @@ AVERAGED = (
 )
 FP16 = ("SOLVER.PRECISION", "fp16", "SOLVER.ACCUMULATE", 2)
 
+ASYNC = ("CHECKPOINT.ASYNC", True)
+
 
 class Variant(NamedTuple):
     world_size: int
@@ -92,6 +94,8 @@ VARIANTS = {
     "one rank, accumulation, bf16": Variant(1, 0, BF16),
     "one rank, no seed": Variant(1, 0, setup=NO_SEED),
     "one rank, averages, early stopping": Variant(1, 0, AVERAGED),
+    "one rank, asynchronous saves": Variant(1, 0, ASYNC),
+    "two ranks, asynchronous saves": Variant(2, 2, ASYNC, kills=PLACES[1::3]),
     "two ranks, averages, fp16": Variant(2, 0, AVERAGED + FP16, kills=PLACES[::3]),
     "two ranks, accumulation, bf16": Variant(2, 0, BF16, kills=PLACES[::2]),
     "two ranks, 2 workers, no seed": Variant(2, 2, setup=NO_SEED, kills=PLACES[1::2]),

@@ -372,3 +372,14 @@ def test_progress_is_logged_every_five_seconds(
         expected,
         "Inference on 4 batches took 10.0 s",
     ]
+
+
+class Counting(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from (torch.full((2,), float(number)) for number in range(3))
+
+
+def test_d46_a_loader_of_an_iterable_data_set_is_evaluated() -> None:
+    evaluator = SumEvaluator()
+    loader = torch.utils.data.DataLoader(Counting(), batch_size=None)
+    assert inference_on_dataset(Doubler(), loader, evaluator) == {"sum": {"total": 12.0}}

@@ -190,3 +190,16 @@ def test_without_clipping_optimizers_stay_as_they_are(cfg: CfgNode) -> None:
     optimizer = torch.optim.SGD(parameters([3.0]), lr=1.0)
     maybe_add_gradient_clipping(cfg, optimizer).step()
     assert optimizer.param_groups[0]["params"][0].item() == -3.0
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}])
+def test_a_scaled_gradient_is_clipped_without_its_scale(
+    clip_cfg: CfgNode, how: dict[str, bool]
+) -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = maybe_add_gradient_clipping(clip_cfg, torch.optim.SGD([weight], lr=1.0, **how))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(weight.square().sum()).backward()
+    scaler.step(optimizer)
+    # Of the gradient (6, 8), clipped to a norm of 1.
+    assert weight.tolist() == pytest.approx([2.4, 3.2], abs=1e-5)

@@ -1,10 +1,8 @@
 """`Checkpointer`: saves the whole state of a run, and finds the newest that can be trusted."""
 
 import contextlib
-import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from trainkit.checkpoint import folder as run_folder
+from trainkit.checkpoint.background import BackgroundSaver, Surviving
 from trainkit.checkpoint.format import (
     explaining,
     load_checkpoint,
@@ -23,19 +22,21 @@ from trainkit.checkpoint.format import (
 )
 from trainkit.checkpoint.manifest import Fact, Manifest, read_manifest
 from trainkit.checkpoint.matching import (
+    ABSENT,
     check_has_all,
     check_is_same,
+    check_none,
     explaining_misfit,
     find_weights,
     list_incompatible,
     load_what_fits,
     split_options,
     tabulate_differences,
-    unwrap,
 )
 from trainkit.utils import comm
 from trainkit.utils.errors import CheckpointError
-from trainkit.utils.file_io import PathManager, leads_out, write_atomically
+from trainkit.utils.file_io import PathManager, leads_out
+from trainkit.utils.wrappers import unwrap
 
 
 class Checkpointer(_Checkpointer):
@@ -53,6 +54,7 @@ class Checkpointer(_Checkpointer):
         checkpointables: Objects with `state_dict` and `load_state_dict`, by name.
 
     Attributes:
+        background: Has the save in flight that `save_in_background` began.
         facts: Plain values for the manifests of coming checkpoints, such as the optimizer's
             implementation.
         loaded_manifest: The manifest of what was loaded last, or None.
@@ -73,6 +75,7 @@ class Checkpointer(_Checkpointer):
         )
         self.logger = logging.getLogger(__name__)
         self.path_manager = PathManager
+        self.background = BackgroundSaver()
         self.facts: dict[str, Fact] = {}
         self.loaded_manifest: Manifest | None = None
         self._saved: tuple[object, ...] = ()
@@ -114,11 +117,32 @@ class Checkpointer(_Checkpointer):
         """
         if not self._is_saving(name):
             return False
-        parts = {"model": self.model, **self.checkpointables}
-        # One by one: a part may communicate.
-        data = {name: comm.together(part.state_dict) for name, part in parts.items()} | extra
+        data = self._gather(extra)
         comm.on_main(lambda: self._write(name, data, self.facts))
         return True
+
+    def save_in_background(
+        self, name: str, then: Callable[[], None], surviving: Surviving, **extra: Any
+    ) -> None:
+        """Like `save`, but holds its caller for a copy of the state only: a thread writes it.
+
+        Whatever saves or looks for checkpoints next waits for it first, as `background.wait` does.
+
+        Args:
+            name: Of the file, without ".pth".
+            then: Called in that thread after all else; it must not communicate.
+            surviving: Makes the context in which every rank then learns of an error.
+            **extra: Tensors and plain values, as of `save`.
+        """
+        if self._is_saving(name):
+            facts = dict(self.facts)
+
+            def write(data: Mapping[str, Any]) -> None:
+                self._write(name, data, facts)
+                self.tag_last_checkpoint(f"{name}.pth")
+                then()
+
+            self.background.start(write, self._gather(extra), surviving)
 
     def save_weights(
         self, name: str, state_dict: Callable[[], Mapping[str, Any]] | None = None
@@ -153,7 +177,7 @@ class Checkpointer(_Checkpointer):
             CheckpointError: If the file is missing, damaged, would run code, or nothing in it fits;
                 or if `strict` is violated, and then what fits is loaded.
         """
-        path, options = split_options(os.fspath(path))
+        path, options = split_options(os.fspath(path or ""))
         if not path:
             self.logger.info("No checkpoint given: the model starts from its initialization")
             return {}
@@ -188,10 +212,13 @@ class Checkpointer(_Checkpointer):
 
     def get_checkpoint_file(self) -> str:
         """Returns the newest valid checkpoint, or "" if there is none; says what it skips."""
-        return comm.on_main(self._newest_valid)
+        self.background.wait()
+        folder = Path(self.save_dir)
+        return comm.on_main(lambda: run_folder.newest_valid(folder) if self.save_dir else "")
 
     def get_all_checkpoint_files(self) -> list[str]:
         """Returns all published checkpoints in `save_dir`, valid or not, newest first."""
+        self.background.wait()
         return comm.on_main(lambda: [os.fspath(path) for path in self._ranked()])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -199,10 +226,7 @@ class Checkpointer(_Checkpointer):
 
         A resume does not need the pointer, so a failure to write it is no more than a warning.
         """
-        try:
-            write_atomically(Path(self.save_dir, run_folder.POINTER), last_filename_basename)
-        except OSError as e:
-            self.logger.warning("Cannot point to %s: %s", last_filename_basename, str(e))
+        run_folder.point_to(Path(self.save_dir), last_filename_basename)
 
     def keep_newest(self, file_prefix: str, max_to_keep: int) -> None:
         """Deletes all `{file_prefix}_NNNNNNN.pth` but the newest, whichever process saved them.
@@ -211,13 +235,9 @@ class Checkpointer(_Checkpointer):
         """
         if not (comm.is_main_process() and self.save_to_disk):
             return
-        numbered = re.compile(rf"{re.escape(file_prefix)}_\d{{7,}}\.pth")
-        paths = [path for path in self._ranked() if numbered.fullmatch(path.name)]
-        surplus = paths[max_to_keep:]
-        newest_valid = next(filter(self._is_valid, paths), None) if surplus else None
-        for path in reversed(surplus):
-            if path != newest_valid:
-                self.delete(path)
+        surplus = run_folder.surplus(self._ranked(), file_prefix, max_to_keep, self._is_valid)
+        for path in surplus:
+            self.delete(path)
 
     def delete(self, name: str | os.PathLike[str]) -> None:
         """Deletes a published checkpoint, as far as it can; only rank 0 calls it.
@@ -228,19 +248,12 @@ class Checkpointer(_Checkpointer):
         path = Path(self.save_dir, f"{Path(name).name.removesuffix('.pth')}.pth")
         if Path(name).parent not in (Path(), path.parent):
             raise ValueError(f"{os.fspath(name)!r} is not in {self.save_dir!r}, so it is not ours.")
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as e:
-            self.logger.warning("Cannot delete the old checkpoint %s: %s", path, str(e))
+        run_folder.delete(path)
 
     def mark_finished(self, iteration: int) -> None:
         """Notes that the run came to its end after 0-based `iteration`, its last hooks included."""
         if self.save_dir and self.save_to_disk and comm.is_main_process():
-            text = json.dumps({"iteration": iteration}) + "\n"
-            try:
-                write_atomically(Path(self.save_dir, run_folder.FINISHED), text)
-            except OSError as e:
-                self.logger.warning("Cannot note that the run is finished: %s", str(e))
+            run_folder.mark_finished(Path(self.save_dir), iteration)
 
     def finished_iteration(self) -> int | None:
         """Returns the iteration after which the run came to its end, or None."""
@@ -253,7 +266,13 @@ class Checkpointer(_Checkpointer):
             marker = Path(self.save_dir, run_folder.FINISHED)
             comm.on_main(lambda: marker.unlink(missing_ok=True) if self.save_to_disk else None)
 
+    def _gather(self, extra: dict[str, Any]) -> dict[str, Any]:
+        parts = {"model": self.model, **self.checkpointables}
+        # One by one: a part may communicate.
+        return {name: comm.together(part.state_dict) for name, part in parts.items()} | extra
+
     def _is_saving(self, name: str) -> bool:
+        self.background.wait()
         if not comm.broadcast(bool(self.save_dir) and self.save_to_disk):
             return False
         if os.path.basename(name) != name or not name:
@@ -282,14 +301,6 @@ class Checkpointer(_Checkpointer):
 
     def _ranked(self) -> list[Path]:
         return run_folder.newest_first(Path(self.save_dir)) if self.save_dir else []
-
-    def _newest_valid(self) -> str:
-        for path in self._ranked():
-            fault = run_folder.find_fault(path)
-            if not fault:
-                return os.fspath(path)
-            self.logger.warning("Skipping the damaged checkpoint %s: %s", path, fault)
-        return ""
 
     def _is_valid(self, path: Path) -> bool:
         # What this process wrote last is not read again at every save.
@@ -353,11 +364,8 @@ class Checkpointer(_Checkpointer):
         # Subclasses written for fvcore may return nothing.
         if incompatible is not None:
             found = list_incompatible(self.model, incompatible)
-            if strict and found:
-                raise CheckpointError(
-                    f"{path} and the model differ, which strict loading refuses:\n"
-                    f"{tabulate_differences(found)}\nTo take over what fits, load without strict."
-                )
+            if strict:
+                check_none(found, path)
             self._log_incompatible_keys(incompatible)
         for name in names:
             if name not in checkpoint:
@@ -381,13 +389,11 @@ class Checkpointer(_Checkpointer):
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """Reports what was not loaded, in one warning."""
         found = list_incompatible(self.model, incompatible)
-        total = len(self.model.state_dict())
-        taken = total - len(incompatible.missing_keys) - len(incompatible.incorrect_shapes)
-        self.logger.info("Loaded %d of the model's %d entries", taken, total)
+        num_own, num_lost = len(self.model.state_dict()), sum(d.in_model != ABSENT for d in found)
+        self.logger.info("Loaded %d of the model's %d entries", num_own - num_lost, num_own)
+        text = "What fits the model was loaded. The rest was not:\n%s"
         if found:
-            self.logger.warning(
-                "What fits the model was loaded. The rest was not:\n%s", tabulate_differences(found)
-            )
+            self.logger.warning(text, tabulate_differences(found))
 
 
 DetectionCheckpointer = Checkpointer

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from trainkit.checkpoint.format import temporary_path, verify
 from trainkit.checkpoint.manifest import DamagedError, read_end, read_manifest
 from trainkit.utils.errors import CheckpointError, nearest_name
-from trainkit.utils.file_io import leads_out
+from trainkit.utils.file_io import leads_out, write_atomically
 
 POINTER = "last_checkpoint"
 FINISHED = "finished.json"
@@ -35,6 +37,16 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(ranked, key=lambda path: (ranked[path], path.name), reverse=True)
 
 
+def newest_valid(folder: Path) -> str:
+    """Returns the checkpoint to resume from, or "" if there is none; says what it skips."""
+    for path in newest_first(folder):
+        fault = find_fault(path)
+        if not fault:
+            return os.fspath(path)
+        logger.warning("Skipping the damaged checkpoint %s: %s", path, fault)
+    return ""
+
+
 def newest_time_ns(folder: Path) -> int:
     """Returns the largest time in any manifest of a folder, or 0."""
     manifests = map(read_manifest, _published(folder))
@@ -46,6 +58,28 @@ def find_fault(path: Path) -> str:
     if leads_out(path):
         return f"it is a link out of this folder, to {os.path.realpath(path)}: put that file here"
     return verify(path).reason
+
+
+def surplus(
+    ranked: Sequence[Path], file_prefix: str, max_to_keep: int, is_valid: Callable[[Path], bool]
+) -> list[Path]:
+    """Returns the numbered ones of `newest_first` beyond the newest, the oldest first.
+
+    The newest valid one is none of them in any case.
+    """
+    numbered = re.compile(rf"{re.escape(file_prefix)}_\d{{7,}}\.pth")
+    paths = [path for path in ranked if numbered.fullmatch(path.name)]
+    left = paths[max_to_keep:]
+    newest_valid = next(filter(is_valid, paths), None) if left else None
+    return [path for path in reversed(left) if path != newest_valid]
+
+
+def delete(path: Path) -> None:
+    """Deletes an old checkpoint; a failure is no more than a warning."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        logger.warning("Cannot delete the old checkpoint %s: %s", path, str(e))
 
 
 def signature(path: Path) -> tuple[object, ...]:
@@ -80,6 +114,17 @@ def read_finished(folder: Path) -> int | None:
         )
         return None
     return iteration
+
+
+def mark_finished(folder: Path, iteration: int) -> None:
+    """Notes that a run came to its end after 0-based `iteration`; a failure is a warning."""
+    text = json.dumps({"iteration": iteration}) + "\n"
+    _write_note(folder / FINISHED, text, "note that the run is finished")
+
+
+def point_to(folder: Path, name: str) -> None:
+    """Points to a checkpoint; a failure is a warning."""
+    _write_note(folder / POINTER, name, f"point to {name}")
 
 
 def local_file(path: str, path_manager: Any) -> str:
@@ -119,6 +164,13 @@ def describe_missing(path: str) -> str:
 def _published(folder: Path) -> list[Path]:
     # Regular files and links to them: a named pipe would be waited for when it is opened.
     return [path for path in folder.glob("*.pth") if os.path.isfile(path)]
+
+
+def _write_note(path: Path, text: str, aim: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as e:
+        logger.warning("Cannot %s: %s", aim, str(e))
 
 
 def _read_small(path: Path) -> bytes:

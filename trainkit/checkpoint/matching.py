@@ -4,14 +4,13 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from fvcore.common.checkpoint import _IncompatibleKeys
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from trainkit.checkpoint.names import align_names, match_suffixes
@@ -34,24 +33,12 @@ class Difference(NamedTuple):
     in_model: str
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            # What torch.compile returns; it shares its parameters with the module within.
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model
-
-
 def split_options(path: str) -> tuple[str, list[str]]:
     """Takes options off the end of a path, as in `a.pth?matching_heuristics=True&strict=True`."""
-    end = re.search(r"([?&](matching_heuristics|strict)=True)+(?=#|$)", path)
+    end = re.search(r"([?&](matching_heuristics|strict)=(True|False))+(?=#|$)", path)
     if end is None:
         return path, []
-    return path[: end.start()] + path[end.end() :], re.findall(r"\w+(?==)", end[0])
+    return path[: end.start()] + path[end.end() :], re.findall(r"\w+(?==True)", end[0])
 
 
 def find_weights(data: Any, path: str) -> dict[str, Any]:
@@ -69,14 +56,18 @@ def find_weights(data: Any, path: str) -> dict[str, Any]:
         for key in ("model", "state_dict", "model_state"):
             if _is_state_dict(data.get(key)):
                 return {**{k: v for k, v in data.items() if k != key}, "model": data[key]}
-        is_weights = all(isinstance(v, (torch.Tensor, np.ndarray)) for v in data.values())
-        if data and is_weights and _is_state_dict(data):
+        if data and _is_state_dict(data) and all(map(_is_weight, data.items())):
             return {"model": data}
     keys = ", ".join(map(str, list(data)[:_MAX_ROWS])) if isinstance(data, dict) else ""
     raise CheckpointError(
         f"{path} holds no weights: it is a {type(data).__name__}{f' of {keys}' if keys else ''}. "
         "Expected is a dict with 'model' or 'state_dict', or of tensors alone."
     )
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    # What a module's get_extra_state returns may be anything.
+    return isinstance(item[1], (torch.Tensor, np.ndarray)) or item[0].endswith("_extra_state")
 
 
 def load_what_fits(
@@ -156,6 +147,15 @@ def check_is_same(state: dict[str, Any], path: str, model: nn.Module) -> None:
             f"{path} is of another model, so the run cannot go on from it, and nothing was "
             f"loaded:\n{tabulate_differences(found)}\nTo go on with that run, use its config. "
             f"{_TRANSFER}"
+        )
+
+
+def check_none(found: Sequence[Difference], path: str) -> None:
+    """Raises a CheckpointError if there are differences."""
+    if found:
+        raise CheckpointError(
+            f"{path} and the model differ, which strict loading refuses:\n"
+            f"{tabulate_differences(found)}\nTo take over what fits, load without strict."
         )
 
 

@@ -64,7 +64,9 @@ def match_suffixes(state: MutableMapping[str, Any], model_state: Iterable[str]) 
     _rename(state, names, str)
     for (prefix, own_prefix), count in parts.items():
         text = "matching_heuristics took %d entries of the checkpoint's %s* for the model's %s*"
-        logger.info(text, count, prefix, own_prefix)
+        # Names that both begin otherwise may mean another part.
+        level = logging.WARNING if prefix and own_prefix else logging.INFO
+        logger.log(level, text, count, prefix, own_prefix)
     if ambiguous:
         first = "\n".join(ambiguous[:_MAX_ROWS])
         text = "matching_heuristics left out %d ends that are ambiguous, such as\n%s"

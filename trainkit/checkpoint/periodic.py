@@ -1,8 +1,13 @@
 """`PeriodicCheckpointer`: which iterations are saved, under which name, and which are kept."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from trainkit.checkpoint.background import Surviving
 from trainkit.checkpoint.checkpointer import Checkpointer
+from trainkit.utils.errors import CheckpointWriteError
 from trainkit.utils.period import is_due
 
 
@@ -44,6 +49,19 @@ class PeriodicCheckpointer:
         """Saves now, under the name of the iteration."""
         self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **extra)
 
+    def save_numbered_in_background(self, iteration: int, surviving: Surviving) -> None:
+        """Like `save_numbered`, but returns once the state is copied.
+
+        Args:
+            iteration: 0-based.
+            surviving: Makes the context in which every rank later learns of an error.
+        """
+        name, telling = (
+            f"{self.file_prefix}_{iteration:07d}",
+            partial(_telling, iteration, surviving),
+        )
+        self.checkpointer.save_in_background(name, self._retain, telling, iteration=iteration)
+
     def save_final(self, iteration: int, **extra: Any) -> None:
         """Saves now, under the name of a run's end."""
         self.save(f"{self.file_prefix}_final", iteration=iteration, **extra)
@@ -51,5 +69,20 @@ class PeriodicCheckpointer:
     def save(self, name: str, **extra: Any) -> None:
         """Saves now, under a name of its own, and deletes what is no longer to be kept."""
         self.checkpointer.save(name, **extra)
+        self._retain()
+
+    def _retain(self) -> None:
         if self.max_to_keep is not None:
             self.checkpointer.keep_newest(self.file_prefix, self.max_to_keep)
+
+
+@contextlib.contextmanager
+def _telling(iteration: int, surviving: Surviving) -> Iterator[None]:
+    """Has an error that comes later say which iteration it is about."""
+    with surviving():
+        try:
+            yield
+        except CheckpointWriteError as e:
+            raise CheckpointWriteError(
+                f"While training went on after iteration {iteration}: {e}"
+            ) from e

@@ -49,14 +49,17 @@ def check_storable(data: Any) -> None:
 
 def tensor_bytes(data: Any) -> int:
     """Returns the bytes that tensors and byte strings take in a file; shared memory counts once."""
-    storages: dict[int, int] = {}
-    for _, value in _leaves(data, "", set()):
-        if type(value) in _TENSORS and value.layout == torch.strided and not value.is_meta:
-            storage = value.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-        elif type(value) in (bytes, bytearray):
-            storages[id(value)] = len(value)
-    return sum(storages.values())
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in strided_tensors(data))}
+    values = (value for _, value in _leaves(data, "", set()))
+    strings = {id(v): len(v) for v in values if type(v) in (bytes, bytearray)}
+    return sum(storages.values()) + sum(strings.values())
+
+
+def strided_tensors(data: Any) -> list[torch.Tensor]:
+    """Returns the tensors in `data`, wherever they are, whose values lie in a storage."""
+    values = (value for _, value in _leaves(data, "", set()))
+    tensors = (value for value in values if type(value) in _TENSORS)
+    return [t for t in tensors if t.layout == torch.strided and not t.is_meta]
 
 
 def _leaves(data: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -67,7 +70,8 @@ def _leaves(data: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         seen.add(id(data))
     if type(data) in _MAPPINGS:
         for key, value in data.items():
-            yield from _leaves(key, f"{path} (a key)", seen)
+            if type(key) is not str:
+                yield from _leaves(key, f"{path} (a key)", seen)
             yield from _leaves(value, f"{path}.{key}" if path else str(key), seen)
     elif type(data) in _SEQUENCES:
         for index, value in enumerate(data):

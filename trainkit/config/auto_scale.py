@@ -28,12 +28,7 @@ def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, num_workers):
         return cfg
-    batch_size = cfg.SOLVER.IMS_PER_BATCH
-    if batch_size % reference:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size}, which is no multiple of "
-            f"SOLVER.REFERENCE_WORLD_SIZE, {reference}. Change one of them; 0 scales nothing."
-        )
+    _check_scalable(cfg)
 
     def shrunk(iterations: int) -> int:
         return max(1, round(iterations * reference / num_workers)) if iterations else 0
@@ -42,7 +37,7 @@ def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
     scaled.defrost()
     solver = scaled.SOLVER
     solver.REFERENCE_WORLD_SIZE = num_workers
-    solver.IMS_PER_BATCH = batch_size // reference * num_workers
+    solver.IMS_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH // reference * num_workers
     for key in ("BASE_LR", "BASE_LR_END"):
         solver[key] *= num_workers / reference
     for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
@@ -55,3 +50,17 @@ def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         "Scaled the config from %d processes to %d:\n%s", reference, num_workers, solver
     )
     return scaled
+
+
+def _check_scalable(cfg: CfgNode) -> None:
+    batch_size, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if "LAZY" in cfg:
+        raise ConfigError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, but it cannot scale the loader and the "
+            "optimizer that a .py config makes. Set it to 0."
+        )
+    if batch_size % reference:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}, which is no multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {reference}. Change one of them; 0 scales nothing."
+        )

@@ -104,7 +104,7 @@ _C.SOLVER.STEP_EPOCHS = ()
 _C.SOLVER.CHECKPOINT_EPOCHS = 0.0
 # Seconds after which the run saves and leaves, to be resumed; 0 is no limit. It leaves a little
 # earlier, as the longest step or save so far suggests.
-_C.SOLVER.MAX_SECONDS = 0
+_C.SOLVER.MAX_SECONDS = 0.0
 # Samples per optimizer step, over all ranks and micro-batches, which must divide it.
 _C.SOLVER.IMS_PER_BATCH = 64
 # Micro-batches per optimizer step: their gradients add up to that of the whole batch.
@@ -208,6 +208,9 @@ _C.CHECKPOINT.SAVE_WEIGHTS = False
 # run: raise ends it, warn says so and trains on. The saves at the end and on interruption always
 # raise.
 _C.CHECKPOINT.ON_ERROR = "raise"
+# Whether a periodic save holds training only while the state is copied, to as much memory of the
+# host as it takes; a thread writes it.
+_C.CHECKPOINT.ASYNC = False
 
 _C.TEST = CfgNode()
 # Iterations between two evaluations; 0 evaluates only at the end.
@@ -218,6 +221,8 @@ _C.TEST.EVAL_EPOCHS = 0.0
 _C.TEST.IMS_PER_BATCH = 500
 # Metric whose best model is kept as model_best.pth, such as "classification/top1"; "" keeps none.
 _C.TEST.BEST_METRIC = ""
+# Whether the largest value of that metric is the best ("max"), or the smallest ("min").
+_C.TEST.BEST_MODE = "max"
 # What the final evaluation must reach: [[task, metric, value, tolerance], …]; empty checks nothing.
 _C.TEST.EXPECTED_RESULTS = []
 

@@ -74,7 +74,8 @@ class LazyConfig:
     def load(filename: str | os.PathLike[str], keys: str | Sequence[str] | None = None) -> Any:
         """Loads a `.py` config, or a `.yaml` that `save` wrote.
 
-        In a `.py` file, relative imports lead to other config files; see `run_config_file`.
+        In a `.py` file, relative imports lead to other config files; see `run_config_file`. YAML is
+        read safely, but `instantiate` makes the calls that a config names, which can be any.
 
         Args:
             filename: Path or address.
@@ -124,6 +125,8 @@ class LazyConfig:
                 another kind than the one before; it names the nearest key.
         """
         for override in overrides:
+            if override.startswith("--"):
+                raise ConfigError(f"{override} stands among the overrides. Options go before them.")
             apply_override(cfg, override)
         return cfg
 

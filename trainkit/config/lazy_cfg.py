@@ -7,6 +7,7 @@ from trainkit.config.config import CfgNode, _merge
 from trainkit.config.defaults import get_cfg
 from trainkit.config.instantiate import build
 from trainkit.config.lazy import LazyConfig, to_plain
+from trainkit.utils.env import setup_environment
 from trainkit.utils.errors import ConfigError, nearest_name
 
 if TYPE_CHECKING:
@@ -39,11 +40,20 @@ def load_cfg(filename: str, opts: Sequence[Any] = ()) -> CfgNode:
     Raises:
         ConfigError: If a file cannot be read, or a key or a value does not fit.
     """
+    setup_environment()
     words = [str(opt) for opt in opts]
     if not filename.partition("#")[0].endswith(".py"):
         cfg = get_cfg()
-        if filename:
-            cfg.merge_from_file(filename)
+        try:
+            if filename:
+                cfg.merge_from_file(filename)
+        except ConfigError as e:
+            if "LAZY is not a config key" not in str(e):
+                raise
+            raise ConfigError(
+                f"{filename} is of a run that a .py config describes, with calls that YAML must "
+                "not make. Give that .py config."
+            ) from None
         cfg.merge_from_list(words)
         return cfg
     overrides, pairs = [], []

@@ -88,7 +88,11 @@ def _set(cfg: "DictConfig", key: str, value: Any, text: str) -> None:
     is_meant = kinds[0] == "text" or text.partition("=")[2][:1] in ("'", '"')
     if kinds == ("a number", "a number"):
         # 1e4 is a whole number where one stood.
-        whole = isinstance(current, int) and value == value // 1
+        whole = isinstance(current, int)
+        if whole and value != value // 1:
+            raise ConfigError(
+                f"{text!r}: {key} is a whole number, {current!r}. If you mean it, write +{text}."
+            )
         value = int(value) if whole else float(value)
     elif None not in kinds and kinds[0] != kinds[1] and not is_meant and "${" not in str(value):
         raise ConfigError(

@@ -69,7 +69,8 @@ class DataLoaderBenchmark:
         loader = build_batch_data_loader(
             dataset, self.sampler, self.total_batch_size, **self.loader_options
         )
-        size = self.total_batch_size // comm.get_world_size()
+        parts = comm.get_world_size() * self.loader_options.get("accumulate", 1)
+        size: int = self.total_batch_size // parts
         return size * self._rate(loader, num_iter, warmup)
 
     def _rate(self, iterations: Iterable[Any], num_iter: int, warmup: int) -> float:

@@ -207,7 +207,7 @@ def build_batch_data_loader(
     seed = None if seed is None or seed < 0 else seed
     kwargs |= {"num_workers": num_workers, "pin_memory": pin_memory}
     kwargs |= {"prefetch_factor": prefetch_factor} if num_workers > 0 else {}
-    if hasattr(sampler, "indices") and not aspect_ratio_grouping:
+    if callable(getattr(sampler, "indices", None)) and not aspect_ratio_grouping:
         kwargs |= {"accumulate": accumulate, "collate_fn": collate_fn}
         seed = sampler.seed if seed is None else seed
         return TrainLoader(dataset, sampler, total, seed=seed, **kwargs)
@@ -296,6 +296,6 @@ def build_detection_test_loader(
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=collate_fn or trivial_batch_collator,
-        generator=torch.Generator(),  # As in TrainLoader.
-        **options,
+        # As in TrainLoader.
+        **{"generator": torch.Generator(), **options},
     )

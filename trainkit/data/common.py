@@ -13,6 +13,7 @@ from copy import deepcopy
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import (
     ConcatDataset,
@@ -36,12 +37,12 @@ MAX_ATTEMPTS = 100
 """Draws at one position before a data set that keeps returning None is given up."""
 
 
-def worker_init_fn() -> Callable[[int], None]:
-    """Returns what a worker of this process calls first, with its number."""
-    return functools.partial(_tie_to, os.getpid())
+def worker_init_fn(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
+    """Returns what a worker of this process calls first, with its number, and before `then`."""
+    return functools.partial(_tie_to, os.getpid(), then)
 
 
-def _tie_to(trainer_pid: int, worker: int) -> None:
+def _tie_to(trainer_pid: int, then: Callable[[int], None] | None, worker: int) -> None:
     """Ties a worker to the process that trains: it outlives no kill, and ends at nothing less.
 
     Signals reach every process of a terminal, or of a scheduler's job. The training process
@@ -59,6 +60,8 @@ def _tie_to(trainer_pid: int, worker: int) -> None:
         with contextlib.suppress(OSError):  # A kernel before 5.3 has none.
             descriptor = os.pidfd_open(trainer_pid)
             threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
+    if then is not None:
+        then(worker)
 
 
 def _end_by_signal_of(trainer_pid: int) -> None:
@@ -85,7 +88,8 @@ class WatchedLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Any, **kwargs: Any) -> None:
-        super().__init__(dataset, **{"worker_init_fn": worker_init_fn(), **kwargs})
+        own = kwargs.pop("worker_init_fn", None)
+        super().__init__(dataset, worker_init_fn=worker_init_fn(own), **kwargs)
 
     def __iter__(self) -> Any:
         """Yields the batches.
@@ -237,7 +241,9 @@ class SeededBatches(Dataset[Any]):
             draw = hash64(position_seed, attempt)
             if self._last_order is None or self._last_order[0] != epoch:
                 self._last_order = epoch, self._sampler.indices(epoch)
-            order = self._last_order[1]
+            order = np.asarray(self._last_order[1][:])
+            if (groups := getattr(self._sampler, "group_ids", None)) is not None:
+                order = order[np.asarray(groups)[order] == groups[index]]
             sample = self._fetch_seeded(int(order[draw % len(order)]), draw)
         if sample is None:
             raise ConfigError(
@@ -307,6 +313,8 @@ class AspectRatioGroupedDataset(IterableDataset[list[Any]]):
     def __iter__(self) -> Iterator[list[Any]]:
         waiting: dict[bool, list[Any]] = {True: [], False: []}
         for sample in self.dataset:
+            if sample is None:
+                continue
             batch = waiting[sample["width"] > sample["height"]]
             batch.append(sample)
             if len(batch) == self.batch_size:
@@ -325,7 +333,7 @@ class _SerializedList:
     def __init__(self, items: Sequence[Any]) -> None:
         pickles = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
         # Not empty, which torch refuses.
-        self.buffer = torch.frombuffer(bytearray(b"".join(pickles) or b"."), dtype=torch.uint8)
+        self.buffer = torch.frombuffer(bytearray().join(pickles) or bytearray(1), dtype=torch.uint8)
         self.ends = torch.tensor([0, *map(len, pickles)]).cumsum(0)
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """The training loader, whose state is a position."""
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections import deque
@@ -74,7 +75,8 @@ class TrainLoader:
                 f"{batch_size} would mix groups. Give both the same."
             )
         self.dataset = dataset
-        self.sampler = sampler
+        # A copy: another loader may have the same one, and another seed.
+        self.sampler = copy.copy(sampler)
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.seed = seed
@@ -85,7 +87,7 @@ class TrainLoader:
         self._position = Position(epoch=0, offset=0)
         self._passed_over: list[tuple[Position, Position]] = []
         self._live_iterator = 0
-        sampler.seed = seed
+        self.sampler.seed = seed
 
     def __iter__(self) -> Iterator[Any]:
         self._live_iterator += 1

@@ -53,11 +53,12 @@ def default_hooks(trainer: Any) -> list[HookBase | None]:
             cfg.SOLVER.CHECKPOINT_PERIOD,
             max_to_keep=cfg.CHECKPOINT.MAX_TO_KEEP or None,
             on_error=on_error,
+            is_async=cfg.CHECKPOINT.ASYNC,
         ),
         *(_validation_loss(trainer, name) for name in cfg.DATASETS.VAL),
         EvalHook(period, lambda: proxy._evaluate()),
         # After evaluation, whose results these two judge.
-        BestCheckpointer(period, checkpointer, test.BEST_METRIC, on_error=on_error)
+        BestCheckpointer(period, checkpointer, test.BEST_METRIC, test.BEST_MODE, on_error=on_error)
         if test.BEST_METRIC
         else None,
         EarlyStopping(stop.METRIC, stop.PATIENCE, stop.MODE, stop.MIN_DELTA, stop.THRESHOLD)

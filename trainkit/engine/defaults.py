@@ -13,20 +13,25 @@ from torch.utils.data import DataLoader
 
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.checkpoint.lock import hold_run_folder
-from trainkit.checkpoint.matching import unwrap
 from trainkit.config.auto_scale import auto_scale_workers
 from trainkit.config.checks import check_cfg
 from trainkit.config.config import CfgNode
 from trainkit.config.lazy_cfg import build_part, cfg_from_lazy
 from trainkit.data.build import TrainLoader, build_test_loader, build_train_loader
-from trainkit.data.catalog import DatasetCatalog, MetadataCatalog
+from trainkit.data.catalog import MetadataCatalog
 from trainkit.engine.default_hooks import default_hooks
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.ema import EMA
 from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
 from trainkit.engine.predictor import DefaultPredictor
 from trainkit.engine.preemption import leave
-from trainkit.engine.run_config import in_iterations, precision_of, with_seed
+from trainkit.engine.run_config import (
+    check_data_sets,
+    in_iterations,
+    note_implementation,
+    precision_of,
+    with_seed,
+)
 from trainkit.engine.setup import (
     create_ddp_model,
     default_argument_parser,
@@ -40,14 +45,15 @@ from trainkit.evaluation.classification import ClassificationEvaluator
 from trainkit.evaluation.evaluator import DatasetEvaluator, inference_on_dataset
 from trainkit.evaluation.testing import print_csv_format, verify_results
 from trainkit.modeling.build import build_model
-from trainkit.solver.build import build_lr_scheduler, build_optimizer, optimizer_implementation
-from trainkit.solver.clip import build_grad_clipper
+from trainkit.solver.build import build_lr_scheduler, build_optimizer
+from trainkit.solver.clip import build_grad_clipper, cheap_grad_norm
 from trainkit.utils import comm
 from trainkit.utils.device import autocast, resolve_device
 from trainkit.utils.env import seed_all_rng
-from trainkit.utils.errors import UnknownNameError
+from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.writer import EventWriter
 from trainkit.utils.stop_signals import stop_signals, stopping
+from trainkit.utils.wrappers import unwrap
 
 __all__ = [
     "DefaultPredictor",
@@ -82,13 +88,13 @@ class DefaultTrainer(SimpleTrainer):
     auto_scale_workers = staticmethod(auto_scale_workers)
     _assigned_trainer: SimpleTrainer | None = None
     _last_eval_results: dict[str, Any]
-    _is_seed_drawn = False
+    _is_seed_drawn = _shares_seed = False
 
     def __init__(self, cfg: CfgNode) -> None:
         cfg = cfg if isinstance(cfg, CfgNode) else cfg_from_lazy(cfg)
         check_cfg(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        self._check_test_names(cfg)
+        check_data_sets(cfg, self.build_test_loader)
         self._is_seed_drawn = cfg.SEED < 0
         if self._is_seed_drawn:
             cfg = with_seed(cfg, comm.shared_random_seed())
@@ -117,7 +123,7 @@ class DefaultTrainer(SimpleTrainer):
         self._num_rollbacks: Counter[int] = Counter()
         if cfg.SOLVER.NON_FINITE == "rollback":
             self._batches.check_can_pass_over()
-        self._note_implementation()
+        note_implementation(self.optimizer, self.checkpointer)
         self.max_iter = min(cfg.SOLVER.MAX_ITER, cfg.LIMIT_BATCHES or cfg.SOLVER.MAX_ITER)
         self.register_hooks(self.build_hooks())
 
@@ -135,7 +141,7 @@ class DefaultTrainer(SimpleTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resume and has_checkpoint:
             self.start_iter = self.iter + 1
-            self._note_implementation()
+            note_implementation(self.optimizer, self.checkpointer)
         elif has_checkpoint:
             logger.warning(
                 "OUTPUT_DIR %s holds checkpoints of an earlier run, which this run starts to "
@@ -183,7 +189,7 @@ class DefaultTrainer(SimpleTrainer):
                 leave(stopping())
                 start_iter = self.start_iter
             self._finish()
-        return self._last_eval_results
+        return {} if self.interruption else self._last_eval_results
 
     def _finish(self) -> None:
         """Marks a run that came to its end, and judges its results."""
@@ -214,6 +220,7 @@ class DefaultTrainer(SimpleTrainer):
 
     def before_train(self) -> None:
         """Calls the hooks' `before_train`, and marks where a new run in a used folder starts."""
+        self._configure_assigned_trainer()
         super().before_train()
         goes_back = self.cfg.SOLVER.NON_FINITE == "rollback"
         if self.start_iter == 0 and (goes_back or self.checkpointer.has_checkpoint()):
@@ -228,6 +235,8 @@ class DefaultTrainer(SimpleTrainer):
             for name in _SHARED:
                 setattr(self._assigned_trainer, name, getattr(self, name))
             self._must_rehearse = False
+            if self._shares_seed:
+                self._assigned_trainer.seed = self.seed
 
     def run_step(self) -> None:
         """One optimizer step: `SimpleTrainer`'s, or that of a trainer assigned to `_trainer`."""
@@ -251,9 +260,18 @@ class DefaultTrainer(SimpleTrainer):
             if hasattr(trainer, name):
                 setattr(self, name, getattr(trainer, name))
         trainer._metrics, trainer._guard = self._metrics, self._guard
-        if trainer.seed is None:
-            trainer.seed = self.seed
+        self._shares_seed = getattr(trainer, "seed", None) is None
+        self.precision = getattr(trainer, "precision", self.precision)
         self._assigned_trainer = trainer
+
+    def _configure_assigned_trainer(self) -> None:
+        """Has a trainer that was assigned to `_trainer` do what the config says."""
+        step, policy = self._assigned_trainer, self.cfg.SOLVER.NON_FINITE
+        if isinstance(step, SimpleTrainer) and step.grad_clipper is cheap_grad_norm:
+            step.grad_clipper = build_grad_clipper(self.cfg) or cheap_grad_norm
+        if step is not None and self._guard.policy != policy:
+            self._guard.policy = policy
+            self._metrics.judges_now = self._guard.judges_now
 
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the default hooks, in the order in which they run."""
@@ -284,7 +302,9 @@ class DefaultTrainer(SimpleTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         """Returns the loader of training batches."""
-        return build_part(cfg, "dataloader.train", lambda: build_train_loader(cfg))
+        accumulate = cfg.SOLVER.ACCUMULATE
+        more = {"accumulate": accumulate} if accumulate > 1 else {}
+        return build_part(cfg, "dataloader.train", lambda: build_train_loader(cfg), **more)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
@@ -317,10 +337,20 @@ class DefaultTrainer(SimpleTrainer):
         """
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
-        results = {}
+        if evaluators and len(evaluators) != len(cfg.DATASETS.TEST):
+            raise ConfigError(
+                f"{len(evaluators)} evaluators cannot judge the {len(cfg.DATASETS.TEST)} data sets "
+                "of DATASETS.TEST. Give one for each."
+            )
+        results: dict[str, Any] = {}
         for index, name in enumerate(cfg.DATASETS.TEST):
             loader = cls.build_test_loader(cfg, name)
-            evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
+            try:
+                evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
+            except NotImplementedError:
+                logger.warning("build_evaluator has none for %s, which is not evaluated.", name)
+                results[name] = {}
+                continue
             with autocast(precision_of(cfg), next(model.parameters()).device):
                 results[name] = inference_on_dataset(
                     model, loader, evaluator, limit_batches=cfg.LIMIT_BATCHES or None
@@ -360,29 +390,3 @@ class DefaultTrainer(SimpleTrainer):
             max_iter = self._loaded["max_iter"]
         is_marked = self.checkpointer.finished_iteration() == start_iter - 1
         return start_iter > max_iter or (start_iter == max_iter and is_marked)
-
-    @classmethod
-    def _check_test_names(cls, cfg: CfgNode) -> None:
-        """Finds an unknown test data set now, not at the first evaluation."""
-        overrides = cls.build_test_loader.__func__ is not DefaultTrainer.build_test_loader.__func__  # type: ignore[attr-defined]  # of a class method
-        for key in () if overrides or "LAZY" in cfg else ("TEST", "VAL"):
-            for name in cfg.DATASETS[key]:
-                if name not in DatasetCatalog:
-                    raise UnknownNameError(f"data set (DATASETS.{key})", name, DatasetCatalog)
-
-    def _note_implementation(self) -> None:
-        """Notes which implementation updates parameters; one that is not the checkpoint's is said.
-
-        Loading an optimizer's state brings the implementation with it, where this device has it.
-        """
-        now = optimizer_implementation(self.optimizer)
-        self.checkpointer.facts["optimizer"] = now
-        manifest = self.checkpointer.loaded_manifest
-        saved = manifest.facts.get("optimizer", now) if manifest else now
-        if saved != now:
-            logger.warning(
-                "The checkpoint was saved by a %s optimizer and goes on with a %s one: updates "
-                "differ in the last bits.",
-                saved,
-                now,
-            )

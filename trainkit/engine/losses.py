@@ -48,6 +48,21 @@ def parse_losses(output: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return named, losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
+def check_accumulation(data_loader: Any, accumulate: int) -> None:
+    """Checks that a loader which knows of micro-batches yields as many as a trainer takes.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    count = getattr(data_loader, "accumulate", accumulate)
+    if count != accumulate:
+        raise ConfigError(
+            f"The data loader yields {count} micro-batches for each step, but the trainer takes "
+            f"{accumulate} (SOLVER.ACCUMULATE). Pass accumulate={accumulate} to the loader, or "
+            f"accumulate={count} to the trainer."
+        )
+
+
 def micro_batch_weights(batches: Sequence[Any]) -> list[float]:
     """Returns each micro-batch's share of the samples, which weights its mean loss.
 
@@ -108,7 +123,8 @@ def poisoned(loss: torch.Tensor, judges_now: bool = False) -> torch.Tensor:
 
 def reducing_gradients(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
     """Returns the context in which only the last micro-batch's backward reduces over ranks."""
-    if isinstance(model, DistributedDataParallel) and not is_last:
+    # A static graph fails in no_sync (torch 2.13); reducing each time comes to the same sum.
+    if isinstance(model, DistributedDataParallel) and not is_last and not model.static_graph:
         return model.no_sync()
     return contextlib.nullcontext()
 
@@ -151,7 +167,9 @@ def check_all_used(model: nn.Module) -> None:
     Raises:
         ConfigError: If any did not; it names them.
     """
-    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+    if not isinstance(model, DistributedDataParallel):
+        return
+    if model.find_unused_parameters or model.static_graph:
         return
     params = model.module.named_parameters()
     unused = [name for name, p in params if p.requires_grad and p.grad is None]
@@ -197,7 +215,10 @@ class TensorCopies:
     def restore(self) -> None:
         """Gives the tensors their values back."""
         for name, tensor in self._get().items():
-            tensor.copy_(self._copies[name])
+            if (copy := self._copies.get(name)) is not None:
+                if tensor.shape != copy.shape:  # A cache that has grown.
+                    tensor.resize_(copy.shape)
+                tensor.copy_(copy)
 
 
 def _describe(output: Any) -> str:

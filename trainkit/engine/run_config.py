@@ -1,13 +1,19 @@
 """The config of a run: as it was given, and with what only the run itself can tell."""
 
 import logging
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch.optim import Optimizer
+
+from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.config.config import CfgNode
 from trainkit.config.epochs import epochs_to_iterations, uses_epochs
 from trainkit.data.build import TrainLoader
-from trainkit.utils.errors import ConfigError
+from trainkit.data.catalog import DatasetCatalog
+from trainkit.solver.build import optimizer_implementation
+from trainkit.utils.errors import ConfigError, UnknownNameError
+from trainkit.utils.wrappers import known_length
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +60,8 @@ def in_iterations(cfg: CfgNode, loader: Iterable[Any]) -> CfgNode:
     if isinstance(loader, TrainLoader):
         # Of the first epoch, where epochs differ in length.
         iters_per_epoch = len(loader.sampler.indices(0)) / loader.batch_size
-    elif isinstance(loader, Sized):
-        iters_per_epoch = len(loader) / cfg.SOLVER.ACCUMULATE
+    elif (num_batches := known_length(loader)) is not None:
+        iters_per_epoch = num_batches / cfg.SOLVER.ACCUMULATE
     else:
         raise ConfigError(
             f"The training loader ({type(loader).__name__}) has no length, so SOLVER.MAX_EPOCHS "
@@ -66,3 +72,44 @@ def in_iterations(cfg: CfgNode, loader: Iterable[Any]) -> CfgNode:
     solver = resolved.SOLVER
     logger.info(text, iters_per_epoch, solver.MAX_ITER, solver.WARMUP_ITERS, solver.STEPS)
     return resolved
+
+
+def check_data_sets(cfg: CfgNode, build_test_loader: Callable[..., Any]) -> None:
+    """Finds an unknown data set of DATASETS.TEST or VAL now, not at the first evaluation.
+
+    Args:
+        cfg: The whole config.
+        build_test_loader: The trainer's; one of a user's own may know other names.
+
+    Raises:
+        UnknownNameError: If one is not registered.
+        ConfigError: If a `.py` config has DATASETS.VAL.
+    """
+    if "LAZY" in cfg and cfg.DATASETS.VAL:
+        raise ConfigError(
+            f"DATASETS.VAL is {cfg.DATASETS.VAL}, which a .py config cannot have: register a "
+            "ValidationLoss in build_hooks instead."
+        )
+    is_own = build_test_loader.__qualname__ != "DefaultTrainer.build_test_loader"
+    for key in () if is_own or "LAZY" in cfg else ("TEST", "VAL"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise UnknownNameError(f"data set (DATASETS.{key})", name, DatasetCatalog)
+
+
+def note_implementation(optimizer: Optimizer, checkpointer: Checkpointer) -> None:
+    """Notes which implementation updates parameters; one that is not the checkpoint's is said.
+
+    Loading an optimizer's state brings the implementation with it, where this device has it.
+    """
+    now = optimizer_implementation(optimizer)
+    checkpointer.facts["optimizer"] = now
+    manifest = checkpointer.loaded_manifest
+    saved = manifest.facts.get("optimizer", now) if manifest else now
+    if saved != now:
+        logger.warning(
+            "The checkpoint was saved by a %s optimizer and goes on with a %s one: updates differ "
+            "in the last bits.",
+            saved,
+            now,
+        )

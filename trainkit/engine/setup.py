@@ -87,7 +87,8 @@ def default_setup(cfg: Any, args: argparse.Namespace) -> None:
     setup_environment()
     lazy, cfg = (None, cfg) if isinstance(cfg, CfgNode) else (cfg, settings_of(cfg))
     check_cfg(cfg)
-    if not args.eval_only:
+    is_eval, is_resume = (getattr(args, name, False) for name in ("eval_only", "resume"))
+    if not is_eval:
         check_not_held(cfg.OUTPUT_DIR)
     comm.on_main(lambda: _make_writable(cfg.OUTPUT_DIR))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
@@ -96,13 +97,13 @@ def default_setup(cfg: Any, args: argparse.Namespace) -> None:
     logger.info("Command line: %s", args)
     logger.info("Config:\n%s", LazyConfig.to_py(lazy) if lazy else cfg.dump())
     # A run that is looked at, or goes on, keeps its config until training starts.
-    if not args.eval_only and not args.resume:
+    if not is_eval and not is_resume:
         write_config(cfg)
         if lazy and comm.is_main_process():
             _write_lazy_config(lazy, Path(cfg.OUTPUT_DIR, "config.yaml"))
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED)
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not is_eval
     if cfg.DETERMINISTIC:
         # cuBLAS reads it when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -171,8 +172,8 @@ def create_ddp_model(
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device
-    device_ids = [device.index] if device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=device_ids, **kwargs)
+    kwargs.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
+    ddp = DistributedDataParallel(model, **kwargs)
     if fp16_compression:
         ddp.register_comm_hook(None, fp16_compress_hook)
     return ddp

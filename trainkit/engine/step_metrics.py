@@ -45,7 +45,7 @@ class StepMetrics:
     """
 
     def __init__(self, judges_now: bool = False) -> None:
-        self._judges_now = judges_now
+        self.judges_now = judges_now
         # A dict keeps the order in which names came up.
         self._names: dict[str, None] = {}
         self._layout: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ class StepMetrics:
                 continue
             value = row[name]
             if isinstance(value, torch.Tensor):
-                if not self._judges_now:
+                if not self.judges_now:
                     self._must_read = True
                     continue
                 value = value.item()

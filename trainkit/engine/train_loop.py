@@ -236,6 +236,7 @@ class SimpleTrainer(TrainerBase):
         """Draws the next batches from another loader, given or built, from its beginning."""
         build: Any = data_loader_builder
         self.data_loader: Iterable[Any] = build() if callable(build) else build
+        losses.check_accumulation(self.data_loader, self.accumulate)
         self._batches = self._data_loader_iter = BatchStream(self.data_loader)  # detectron2's name
 
     @property

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from trainkit.utils.errors import ConfigError, UnknownNameError
 from trainkit.utils.nested import move_to
 from trainkit.utils.period import is_due
 from trainkit.utils.stop_signals import raise_if_stopping
+from trainkit.utils.wrappers import known_length
 
 _LOG_PERIOD_SECONDS = 5.0
 _MOMENTS = ("on_start", "before_inference", "after_inference", "on_end")
@@ -79,17 +80,22 @@ class DatasetEvaluators(DatasetEvaluator):
         Raises:
             ConfigError: If two evaluators have a result of the same name.
         """
-        merged: dict[str, Any] = {}
         # Each one's evaluate may be collective: all are called before any result is judged.
-        for result in [evaluator.evaluate() or {} for evaluator in self._evaluators]:
-            twice = merged.keys() & result.keys()
-            if twice:
-                raise ConfigError(
-                    f"Two evaluators both have results named {', '.join(sorted(twice))}. Give one "
-                    "of them another name."
-                )
-            merged.update(result)
-        return merged
+        results = [evaluator.evaluate() or {} for evaluator in self._evaluators]
+        # Only rank 0 may have results.
+        return comm.together(lambda: _merged(results))
+
+
+def _merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for result in results:
+        if twice := merged.keys() & result.keys():
+            raise ConfigError(
+                f"Two evaluators both have results named {', '.join(sorted(twice))}. Give one "
+                "of them another name."
+            )
+        merged.update(result)
+    return merged
 
 
 def inference_on_dataset(
@@ -170,7 +176,7 @@ def _until_stopped(data_loader: Iterable[Any], limit: int | None) -> Iterator[An
 
     Ranks agree now and then, as long as all of them are known to have batches.
     """
-    total = len(data_loader) if isinstance(data_loader, Sized) else None
+    total = known_length(data_loader)
     if limit is not None:
         total = limit if total is None else min(limit, total)
     num_common, period = math.inf, 1

@@ -60,6 +60,8 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     """
     cfg = get_config(config_path, trained)
     if config_path.endswith(".py"):
+        if "model" not in cfg:
+            raise ConfigError(f"{config_path} has no model: it is a part of other configs.")
         model: nn.Module = instantiate(cfg.model)
         return model.to(resolve_device(device or cfg.get("train", {}).get("device", "auto")))
     cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE

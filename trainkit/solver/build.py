@@ -90,7 +90,11 @@ def _optimizer_class(name: str) -> type[Optimizer]:
 
 
 def _is_optimizer(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, Optimizer) and found is not Optimizer
+    if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
+        return False
+    # One that cannot step without a closure, as LBFGS, fits no loop of forward and backward.
+    closure = inspect.signature(found.step).parameters.get("closure")
+    return closure is None or closure.default is None
 
 
 def _settings(

@@ -161,6 +161,10 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: _OptimizerOrClass) -> _
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
             return args[:1], {"closure": lambda: (closure(), clipper(parameters))[0]}
+        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            # A fused optimizer would take a gradient scaler's scale out in its step, after this.
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale)
+            optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by GradScaler
         clipper(parameters)
         return None
 

@@ -49,7 +49,8 @@ def layer_decay_func(model: nn.Module, decay: float) -> Callable[[str], float]:
     """
     lr_depth: Any = getattr(model, "lr_depth", None)
     if lr_depth is not None:
-        return lambda name: float(decay ** lr_depth(name))
+        # Of a compiled model too, whose names lead through its wrapper.
+        return lambda name: float(decay ** lr_depth(name.replace("_orig_mod.", "")))
     layers = _layers(model)
     top = max(layers.values(), default=0)
     if top == min(layers.values(), default=0):

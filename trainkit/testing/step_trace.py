@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainkit.checkpoint.matching import unwrap
 from trainkit.data.build import TrainLoader
 from trainkit.engine.hook_base import hooks_by_key
 from trainkit.engine.hooks.callback import CallbackHook
@@ -23,6 +22,7 @@ from trainkit.testing.fingerprint import fingerprint, fingerprints
 from trainkit.utils import comm
 from trainkit.utils.nested import batch_size
 from trainkit.utils.random import get_rng_state
+from trainkit.utils.wrappers import unwrap
 
 Value = tuple[str, str, str]
 """A component ("layer backbone.stem"), an item of it ("its output"), and the item's fingerprint."""

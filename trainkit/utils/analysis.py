@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from trainkit.utils.errors import ConfigError
+from trainkit.utils.wrappers import unwrap
 
 if TYPE_CHECKING:
     from fvcore.nn.flop_count import FlopCountAnalysis as _Flops
@@ -138,8 +138,8 @@ def _arguments(inputs: Any) -> tuple[Any, ...]:
 
 def _traceable(model: nn.Module, inputs: Any) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Returns a copy of the model that shares its modules but takes and returns flat tensors."""
-    # fvcore would unwrap it too, and trace what is in there.
-    inner = model.module if isinstance(model, (DistributedDataParallel, nn.DataParallel)) else model
+    # fvcore would unwrap some too, and trace what is in there.
+    inner = unwrap(model)
     leaves, structure = tree_flatten(_arguments(inputs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
 

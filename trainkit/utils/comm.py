@@ -61,9 +61,12 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
     """Makes a group of each machine's processes; every process calls it, with the same number.
 
     Raises:
-        ConfigError: If the number of processes is not a multiple of `num_workers_per_machine`.
+        ConfigError: If there is no process group, or the number of processes is not a multiple of
+            `num_workers_per_machine`.
     """
     world_size = get_world_size()
+    if not _is_initialized():
+        raise ConfigError("There is no process group yet. Start the processes by `launch` first.")
     if num_workers_per_machine < 1 or world_size % num_workers_per_machine:
         raise ConfigError(
             f"{world_size} processes cannot be {num_workers_per_machine} on each machine. Start "

@@ -238,3 +238,26 @@ def test_inference_shares_are_exact_and_contiguous(
         assert len(sampler) == len(shares[-1])
     assert list(itertools.chain(*shares)) == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_wrapper_of_the_users_is_asked_sample_by_sample() -> None:
+    class Filtered:
+        def __init__(self) -> None:
+            self.dataset = [{"label": 0}, {"label": 1}, {"label": 1}, {"label": 1}]
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict[str, int]:
+            return self.dataset[2 * index]
+
+    assert factors_of(Filtered(), 0.5).tolist() == [1.0, 1.0]
+
+
+def test_factors_that_leave_no_sample_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"between 0 and 0.*one above 0"):
+        RepeatFactorTrainingSampler([0.0, 0.0])
+
+
+def test_a_ratio_takes_what_it_says() -> None:
+    assert len(RandomSubsetTrainingSampler(100, 0.29, seed_shuffle=0).indices(0)) == 29

@@ -41,7 +41,8 @@ def test_a_place_behind_the_end_of_its_epoch_lies_in_the_next() -> None:
     assert order.take(Position(4, 5), 1) == [(2, 5, 2)]
 
 
-def test_an_empty_epoch_is_an_error_and_not_an_endless_search() -> None:
-    order = EndlessOrder(Listed(range(2), range(0)))
-    with pytest.raises(ConfigError, match=r"Listed.indices\(1\) is empty"):
-        order.take(Position(0, 0), 3)
+def test_an_empty_epoch_is_stepped_over_and_nothing_but_empty_ones_is_an_error() -> None:
+    order = EndlessOrder(Listed(range(2), range(0), range(3)))
+    assert [key[:2] for key in order.take(Position(0, 0), 4)] == [(0, 0), (1, 0), (0, 2), (1, 2)]
+    with pytest.raises(ConfigError, match=r"Listed had no sample in the 1000 epochs up to epoch"):
+        EndlessOrder(Listed(range(0))).take(Position(0, 0), 1)

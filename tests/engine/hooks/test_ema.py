@@ -7,7 +7,7 @@ from torch import nn
 from tests.engine.hooks.normed_run import make_trainer, resumed, training
 from tests.engine.run_processes import assert_same
 from trainkit.engine.hooks.callback import CallbackHook
-from trainkit.engine.hooks.ema import EMA
+from trainkit.engine.hooks.ema import EMA, averaged_weights
 from trainkit.engine.train_loop import SimpleTrainer
 from trainkit.utils.errors import CheckpointError, ConfigError
 
@@ -155,3 +155,13 @@ def test_averages_of_another_model_are_refused() -> None:
 def test_an_impossible_decay_is_an_error(decay: float) -> None:
     with pytest.raises(ConfigError, match=rf"MODEL\.EMA\.DECAY\) is {decay}; .* in \[0, 1\)"):
         EMA(nn.Linear(1, 1), decay)
+
+
+def test_averages_of_a_checkpoint_are_found_by_what_they_hold() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    averages = {"num_updates": 3, "averages": {"weight": torch.full((1, 1), 7.0)}}
+    checkpoint = {"trainer": {"hooks": {"MyEMA": averages, "Other": {"x": 1}}}}
+    before = model.weight.item()
+    with averaged_weights(model, checkpoint):
+        assert model.weight.item() == 7.0
+    assert model.weight.item() == before

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fvcore.common.param_scheduler import LinearParamScheduler, ParamScheduler
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -16,7 +20,7 @@ from trainkit.engine.launch import launch
 from trainkit.engine.train_loop import SimpleTrainer
 from trainkit.solver.lr_scheduler import LRMultiplier
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError
+from trainkit.utils.errors import CheckpointError, ConfigError
 
 MakeTrainer = Callable[..., SimpleTrainer]
 
@@ -292,3 +296,18 @@ def test_d47_ranks_follow_the_metric_of_rank_0_together() -> None:
     (of_0, state_0), (of_1, state_1) = launch(train_on_two_ranks, 2)
     assert of_0 == of_1 == [1.0] * 6 + [0.5] * 3 + [0.25]
     assert state_0 == state_1
+
+
+@pytest.mark.parametrize("is_plateau", [True, False])
+def test_a_schedule_of_another_kind_is_refused(
+    simple: Callable[..., Any], is_plateau: bool
+) -> None:
+    trainer = simple()
+    schedules = [
+        LRMultiplier(trainer.optimizer, ConstantParamScheduler(1.0), 10),
+        torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer),
+    ]
+    saved, wanted = schedules if is_plateau else reversed(schedules)
+    hook = LRScheduler(trainer.optimizer, wanted)
+    with pytest.raises(CheckpointError, match=r"schedule is not a .*LR_SCHEDULER_NAME of the run"):
+        hook.load_state_dict(dict(saved.state_dict()))

@@ -98,7 +98,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
     ) -> None:
         super().__init__(size, shuffle, seed_shuffle)
         self.seed_subset = seed_subset
-        self._subset_size = int(size * subset_ratio)
+        self._subset_size = int(size * subset_ratio + 1e-9)
         if not 1 <= self._subset_size <= size:
             raise ConfigError(
                 f"The ratio {subset_ratio} (DATALOADER.RANDOM_SUBSET_RATIO) leaves "
@@ -142,10 +142,11 @@ class RepeatFactorTrainingSampler(TrainingSampler):
     ) -> None:
         self.repeat_factors = torch.as_tensor(repeat_factors, dtype=torch.float64)
         super().__init__(len(self.repeat_factors), shuffle, seed)
-        if not 0 <= self.repeat_factors.min() <= self.repeat_factors.max() < float("inf"):
+        low, high = self.repeat_factors.min(), self.repeat_factors.max()
+        if not (low >= 0 and 0 < high < float("inf")):
             raise ConfigError(
-                f"The repeat factors lie between {self.repeat_factors.min():g} and "
-                f"{self.repeat_factors.max():g}. Each must be finite and at least 0."
+                f"The repeat factors lie between {low:g} and {high:g}. Each must be finite and at "
+                "least 0, and one above 0."
             )
 
     @classmethod
@@ -207,7 +208,7 @@ def _categories(dataset: Any) -> list[Any]:
     for name in ("labels", "targets"):
         if hasattr(dataset, name):
             return list(getattr(dataset, name))
-    if hasattr(dataset, "dataset"):
+    if hasattr(dataset, "map_func"):  # A MapDataset, whose samples are those of its data set.
         return _categories(dataset.dataset)
     return [_categories_of(dataset[index], index) for index in range(len(dataset))]
 

@@ -32,7 +32,7 @@ class EpochSampler(Protocol):
     seed: int
 
     def indices(self, epoch: int) -> EpochOrder:
-        """Returns epoch `epoch`, counted from 0; epochs may differ in length, none is empty."""
+        """Returns epoch `epoch`, counted from 0; epochs may differ in length, and some be empty."""
         ...
 
 
@@ -42,6 +42,9 @@ class Position(NamedTuple):
     epoch: int
     offset: int
 
+
+# Epochs in a row without a sample, after which there is none to be expected.
+_MAX_EMPTY = 1000
 
 SampleKey = tuple[int, int, int]
 """What a fetch is told: the index of the sample, and the epoch and offset at which it stands."""
@@ -56,13 +59,20 @@ class EndlessOrder:
 
     def __init__(self, sampler: EpochSampler) -> None:
         # A batch touches one or two epochs, and steps back at most to where it began.
-        self._epoch = functools.lru_cache(maxsize=4)(functools.partial(_checked_epoch, sampler))
+        self._epoch = functools.lru_cache(maxsize=4)(sampler.indices)
+        self._sampler = sampler
 
     def advance(self, position: Position, count: int) -> Position:
         """Returns the place `count` samples on, with an offset inside its epoch."""
-        epoch, offset = position.epoch, position.offset + count
+        epoch, offset, num_empty = position.epoch, position.offset + count, 0
         while offset >= (size := len(self._epoch(epoch))):
             epoch, offset = epoch + 1, offset - size
+            num_empty = 0 if size else num_empty + 1
+            if num_empty > _MAX_EMPTY:
+                raise ConfigError(
+                    f"{type(self._sampler).__name__} had no sample in the {_MAX_EMPTY} epochs up "
+                    f"to epoch {epoch}. Check its settings, or give it more samples."
+                )
         return Position(epoch, offset)
 
     def take(self, position: Position, count: int) -> list[SampleKey]:
@@ -75,12 +85,3 @@ class EndlessOrder:
             keys += [(index, epoch, offset + k) for k, index in enumerate(indices)]
             position = Position(epoch, offset + len(indices))
         return keys
-
-
-def _checked_epoch(sampler: EpochSampler, epoch: int) -> EpochOrder:
-    order = sampler.indices(epoch)
-    if len(order) == 0:
-        raise ConfigError(
-            f"{type(sampler).__name__}.indices({epoch}) is empty. Each epoch needs a sample."
-        )
-    return order

@@ -5,14 +5,16 @@ import math
 import operator
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainkit.checkpoint.background import BackgroundSaver
 from trainkit.checkpoint.checkpointer import Checkpointer
 from trainkit.checkpoint.periodic import PeriodicCheckpointer as _PeriodicCheckpointer
 from trainkit.checkpoint.space import SpaceWatch
 from trainkit.checkpoint.storable import check_storable, tensor_bytes
-from trainkit.engine.failures import checked_policy, surviving
+from trainkit.engine.failures import call_each, checked_policy, surviving
 from trainkit.engine.hook_base import HookBase, hooks_state_dict
 from trainkit.engine.trainer_state import local_state
 from trainkit.utils import comm
@@ -41,6 +43,9 @@ class PeriodicCheckpointer(HookBase):
         file_prefix: Beginning of the file names.
         on_error: What follows a periodic save that the storage refuses: "raise", or "warn", which
             trains on. The saves at the end and on interruption always raise.
+        is_async: Whether a periodic save holds training only while the state is copied. A thread
+            writes it; an error is raised at the next step, or with several ranks when they next
+            gather metrics or save. Every other save, and every end of a run, first waits for it.
     """
 
     is_collective = True
@@ -53,11 +58,14 @@ class PeriodicCheckpointer(HookBase):
         max_to_keep: int | None = None,
         file_prefix: str = "model",
         on_error: str = "raise",
+        is_async: bool = False,
     ) -> None:
         self._periodic = _PeriodicCheckpointer(
             checkpointer, period, max_iter, max_to_keep, file_prefix
         )
-        self._on_error = checked_policy(on_error)
+        on_error = checked_policy(on_error)
+        self._surviving = partial(surviving, CheckpointWriteError, on_error, "A CHECKPOINT")
+        self._is_async = is_async
         self._has_final = self._is_slow = False
         self._space: SpaceWatch | None = None
 
@@ -71,18 +79,35 @@ class PeriodicCheckpointer(HookBase):
         if trainer.iter == trainer.start_iter:
             self._look_ahead()
         self._has_final = trainer.iter == trainer.max_iter - 1
+        if self._is_async:
+            self._ask_for_errors()
         if is_due(trainer.iter, periodic.period):
+            # First, since it takes space.
+            self._background.wait()
             if self._space:
                 self._space.check_save(periodic.max_to_keep)
             began = time.monotonic()
-            with surviving(CheckpointWriteError, self._on_error, "A CHECKPOINT"):
-                periodic.save_numbered(trainer.iter)
-            self._warn_if_slow(time.monotonic() - began)
+            if self._is_async:
+                periodic.save_numbered_in_background(trainer.iter, self._surviving)
+            else:
+                with self._surviving():
+                    periodic.save_numbered(trainer.iter)
+            self._warn_if_slow(max(time.monotonic() - began, self._background.seconds))
         if self._has_final:
             periodic.save_final(trainer.iter)
 
     def after_train(self) -> None:
         """Saves a run that was interrupted, and one that was ended early after its last save."""
+        # Saves although an earlier save failed, for that is told all the same.
+        call_each([self._wait, self._save_end])
+
+    def _wait(self) -> None:
+        trainer = self.trainer
+        # After an error of this rank alone, the others may never come here.
+        has_failed = trainer.interruption is None and trainer.iter < trainer.max_iter
+        self._background.wait(alone=has_failed)
+
+    def _save_end(self) -> None:
         trainer = self.trainer
         iteration = trainer.iter - 1
         if self._has_final or iteration < 0:
@@ -93,6 +118,16 @@ class PeriodicCheckpointer(HookBase):
         elif trainer.iter == trainer.max_iter:
             # Also where an earlier process was killed between its last two saves.
             self._periodic.save_final(iteration)
+
+    @property
+    def _background(self) -> BackgroundSaver:
+        return self._periodic.checkpointer.background
+
+    def _ask_for_errors(self) -> None:
+        """Raises what a save in flight met, where asking costs no step a message of its own."""
+        period = getattr(self.trainer, "gather_metric_period", 1)
+        if comm.get_world_size() == 1 or is_due(self.trainer.iter, period):
+            self._background.poll()
 
     def _warn_if_slow(self, seconds: float) -> None:
         """Says once that a save takes longer than a run is given that is asked to leave."""
@@ -174,6 +209,11 @@ class BestCheckpointer(HookBase):
         self._on_error = checked_policy(on_error)
         self._best: float | None = None
         self._best_iter: int | None = None
+
+    def before_train(self) -> None:
+        """Forgets an earlier run of this trainer."""
+        if self._best_iter is not None and self._best_iter >= self.trainer.start_iter:
+            self._best = self._best_iter = None
 
     def after_step(self) -> None:
         """Looks at the metric if an evaluation was due; after the last step, `after_train` does."""

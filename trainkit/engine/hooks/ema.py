@@ -1,17 +1,17 @@
 """`EMA`: a moving average of the weights, to be evaluated in their place."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainkit.checkpoint.matching import unwrap
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.losses import TensorCopies
 from trainkit.utils.errors import CheckpointError, ConfigError
+from trainkit.utils.wrappers import unwrap
 
 
 class EMA(HookBase):
@@ -73,6 +73,11 @@ class EMA(HookBase):
         finally:
             copies.restore()
 
+    def averages_of(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the averages of some of the model's tensors."""
+        names = {id(tensor): name for name, tensor in self._tensors().items()}
+        return [self._averages[names[id(tensor)]] for tensor in tensors]
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages, by the names of the model's tensors."""
         state = {"num_updates": self._num_updates, "averages": self._averages}
@@ -114,7 +119,9 @@ def averaged_weights(
         CheckpointError: If the averages are of another model.
     """
     ema = EMA(model)
-    if state := checkpoint.get("trainer", {}).get("hooks", {}).get(EMA.__qualname__):
+    states = checkpoint.get("trainer", {}).get("hooks", {}).values()
+    # By what it holds: the hook may be of a subclass.
+    for state in (s for s in states if isinstance(s, dict) and "averages" in s):
         ema.load_state_dict(state)
     return ema.applied()
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from trainkit.engine.hook_base import HookBase
 from trainkit.solver.lr_scheduler import LRMultiplier
 from trainkit.utils import comm
-from trainkit.utils.errors import ConfigError
+from trainkit.utils.errors import CheckpointError, ConfigError
 from trainkit.utils.period import is_due
 
 logger = logging.getLogger(__name__)
@@ -137,6 +137,12 @@ class LRScheduler(HookBase):
             return
         state = dict(state)
         self._metric_iter = state.pop("metric_iter", -1)
+        if isinstance(self.scheduler, LRMultiplier) != ("base_lrs" in state and len(state) == 2):
+            raise CheckpointError(
+                f"The checkpoint's schedule is not a {type(self.scheduler).__name__}. Resume with "
+                "the SOLVER.LR_SCHEDULER_NAME of the run, or take over its weights alone, by "
+                "MODEL.WEIGHTS in another OUTPUT_DIR."
+            )
         self.scheduler.load_state_dict(state)
 
     def _is_agreed(self, iteration: int) -> bool:

@@ -1,5 +1,6 @@
 """`PreciseBN`: the statistics of batch norm layers, measured with the weights of one moment."""
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -8,15 +9,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainkit.checkpoint.matching import unwrap
 from trainkit.engine.batch_stream import BatchStream
 from trainkit.engine.hook_base import HookBase
+from trainkit.engine.hooks.ema import EMA
 from trainkit.engine.undisturbed import undisturbed
 from trainkit.evaluation.evaluator import inference_on_dataset
 from trainkit.utils import comm
 from trainkit.utils.device import autocast
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.period import is_due
+from trainkit.utils.wrappers import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,9 @@ class PreciseBN(HookBase):
 
     They are the means over all batches and ranks of each batch's mean and unbiased variance: Wu and
     Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv:2105.07576), sec. 3. Training does not feel
-    it otherwise. It runs before the checkpointer and evaluation, every `period` iterations and
-    after the last one; never if no batch norm layer is in training mode.
+    it otherwise. With an `EMA` hook they are those of the averaged weights. It runs before the
+    checkpointer and evaluation, every `period` iterations and after the last one; never if no batch
+    norm layer is in training mode.
 
     Args:
         period: Iterations between two measurements; 0 measures only after the last one.
@@ -72,14 +75,19 @@ class PreciseBN(HookBase):
             return
         logger.info("Measuring the statistics of %d batch norm layers", len(self._layers))
         place = self._batches.state_dict()
+        # Averaged weights are what is evaluated, with statistics of their own.
+        ema = next((hook for hook in trainer._hooks if isinstance(hook, EMA)), None)
         try:
-            means = self._measure()
+            with ema.applied() if ema else contextlib.nullcontext():
+                means = self._measure()
         except BaseException:
             # A resume that makes up for it takes the same batches.
             self._batches.load_state_dict(place)
             raise
+        measured = _statistics(self._layers)
+        places = ema.averages_of(measured) if ema else measured
         with torch.no_grad():
-            for statistics, mean in zip(_statistics(self._layers), means, strict=True):
+            for statistics, mean in zip(places, means, strict=True):
                 statistics.copy_(mean)
 
     def state_dict(self) -> dict[str, Any]:

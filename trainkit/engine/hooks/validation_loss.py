@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainkit.checkpoint.matching import unwrap
 from trainkit.engine.hooks.evaluation import EvalHook
 from trainkit.engine.losses import parse_losses
 from trainkit.engine.undisturbed import undisturbed
@@ -17,6 +16,7 @@ from trainkit.utils import comm
 from trainkit.utils.device import autocast
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.nested import batch_size
+from trainkit.utils.wrappers import unwrap
 
 
 class ValidationLoss(EvalHook):
