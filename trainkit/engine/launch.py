@@ -38,6 +38,8 @@ DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for the others in a collective."""
 
 _group_numbers = itertools.count()
+# Far more than gloo's threads take to drop what they have sent.
+_GLOO_SECONDS = 0.2
 
 
 def launch(
@@ -182,6 +184,9 @@ def _run_as_torchruns_rank(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            # A thread of gloo's that still drops its last message needs the interpreter, which the
+            # end of the group below would not give back before that thread has ended.
+            time.sleep(_GLOO_SECONDS)
         # Gloo's threads end with the group's last reference; one that asks for the interpreter
         # while it is being torn down aborts the process, and with it a run that succeeded.
         gc.collect()

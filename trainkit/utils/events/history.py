@@ -1,7 +1,6 @@
 """Histories of scalars: bounded rings, filled at once from the CPU and later from accelerators."""
 
 import math
-import statistics
 from array import array
 from typing import Any
 
@@ -133,8 +132,12 @@ class HistoryBuffer:
 
     def median(self, window_size: int) -> float:
         """Returns the median of the newest `window_size` values; NaN if one of them is."""
-        values = [value for value, _ in self.last(window_size)]
-        return math.nan if any(map(math.isnan, values)) else statistics.median(values)
+        values = sorted(value for value, _ in self.last(window_size))
+        # A sum is NaN if one of its values is, and of opposite infinities.
+        if math.isnan(sum(values)) and any(map(math.isnan, values)):
+            return math.nan
+        middle = len(values) // 2
+        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
     def avg(self, window_size: int) -> float:
         """Returns the mean of the newest `window_size` values."""

@@ -87,18 +87,20 @@ class NewValues:
             self._start_iter = storage.start_iter
         taken: dict[int, dict[str, float]] = {}
         hints = storage.smoothing_hints()
-        latest = storage.latest_with_smoothing_hint(self._window_size)
-        for name, (value, iteration) in latest.items():
+        for name, history in storage.histories().items():
             last_written = self._written.get(name, self._start_iter - 1)
-            if iteration <= last_written:
+            # The newest first.
+            new = history.after(last_written)
+            if not new:
                 continue
-            new = storage.history(name).after(last_written)
+            iteration = new[0][1]
             # A smoothed one that misses few iterations, or begins late, is shown by its median.
             begin = new[-1][1] - 1 if hints[name] and name not in self._written else last_written
-            is_rare = iteration - begin - len(new) >= (len(new) if hints[name] else 1)
-            values = new if is_rare else [(value, iteration)]
-            for v, i in values:
-                taken.setdefault(i, {})[name] = v
+            if iteration - begin - len(new) < (len(new) if hints[name] else 1):
+                num_smoothed = storage.count_samples(name, self._window_size) if hints[name] else 1
+                new = [(history.median(num_smoothed), iteration)]
+            for value, i in new:
+                taken.setdefault(i, {})[name] = value
             self._written[name] = iteration
         return dict(sorted(taken.items()))
 
