@@ -315,9 +315,11 @@ class Dying(SlowToEnd):
 @pytest.mark.faults
 def test_a_worker_that_died_is_told_as_such_with_the_mend() -> None:
     batches = iter(WatchedLoader(Dying(is_killed=True), batch_size=None, num_workers=1))
-    assert [next(batches), next(batches)] == [0, 1]
+    seen: list[int] = []
     with pytest.raises(WorkerDiedError, match=r"data loader died\. Usually.*NUM_WORKERS.*--resume"):
-        next(batches)
+        seen.extend(batches)
+    # What it had fetched ahead may have died with it.
+    assert seen == [0, 1][: len(seen)]
 
 
 @pytest.mark.faults
