@@ -8,7 +8,6 @@ import argparse
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from trainkit.checkpoint import Checkpointer
@@ -25,6 +24,7 @@ from trainkit.engine import (
     hooks,
     launch,
 )
+from trainkit.engine.losses import share_buffers
 from trainkit.evaluation import inference_on_dataset, print_csv_format
 from trainkit.utils import comm
 from trainkit.utils.device import resolve_device
@@ -51,10 +51,8 @@ def do_test(cfg: Any, model: nn.Module) -> dict[str, Any] | None:
     """Evaluates the model, if the config says how."""
     if "evaluator" not in cfg.dataloader:
         return None
-    if comm.get_world_size() > 1:
-        # Running statistics differ from rank to rank; all judge the model that rank 0 saves.
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+    # Running statistics differ from rank to rank.
+    share_buffers(model)
     test_loader = instantiate(cfg.dataloader.test)
     results = inference_on_dataset(model, test_loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():

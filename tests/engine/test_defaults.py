@@ -697,3 +697,14 @@ def test_an_interrupted_run_has_no_results(make_cfg: MakeCfg) -> None:
     trainer = DefaultTrainer(make_cfg("TEST.EVAL_PERIOD", 1))
     trainer.register_hooks([stopping_at(2)])
     assert trainer.train() == {}
+
+
+def test_a_compiled_model_is_trained_and_evaluated(make_cfg: MakeCfg) -> None:
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_model(cls, cfg: CfgNode) -> nn.Module:
+            compiled: Any = torch.compile(super().build_model(cfg), backend="eager")
+            return compiled  # type: ignore[no-any-return]  # a module
+
+    trainer = Trainer(make_cfg("MODEL.EMA.ENABLED", True))
+    assert trainer.train()["classification"]["top1"] >= 0

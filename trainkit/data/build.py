@@ -245,7 +245,7 @@ def build_detection_train_loader(
 ) -> Any:
     """Builds a training loader whose batches are lists.
 
-    It takes a config too, `(cfg, dataset=None, mapper=None, sampler=None)`, which gives the rest as
+    It takes a config too, `(cfg, mapper=None, dataset=None, sampler=None)`, which gives the rest as
     to `build_train_loader`. Without one, the sampler is a `TrainingSampler`. `options` are those of
     `build_batch_data_loader`.
     """
@@ -284,8 +284,9 @@ def build_detection_test_loader(
 ) -> DataLoader[Any]:
     """Builds a loader of this rank's share of a data set, in order, whose batches are lists.
 
-    It takes a config too, `(cfg, dataset_name, dataset=None)`, with one name or several. By default
-    the sampler is an `InferenceSampler`. `options`, such as `num_workers`, go to DataLoader.
+    It takes a config too, `(cfg, dataset_name, mapper=None, dataset=None)`, with one name or
+    several. By default the sampler is an `InferenceSampler`. `options`, such as `num_workers`, go
+    to DataLoader.
     """
     dataset = _from_list(dataset)
     if sampler is None and not isinstance(dataset, IterableDataset):

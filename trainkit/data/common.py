@@ -241,8 +241,9 @@ class SeededBatches(Dataset[Any]):
             draw = hash64(position_seed, attempt)
             if self._last_order is None or self._last_order[0] != epoch:
                 self._last_order = epoch, self._sampler.indices(epoch)
-            order = np.asarray(self._last_order[1][:])
+            order: Any = self._last_order[1]
             if (groups := getattr(self._sampler, "group_ids", None)) is not None:
+                order = np.asarray(order[:])
                 order = order[np.asarray(groups)[order] == groups[index]]
             sample = self._fetch_seeded(int(order[draw % len(order)]), draw)
         if sample is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from trainkit.checkpoint.checkpointer import Checkpointer
@@ -22,6 +23,7 @@ from trainkit.data.catalog import MetadataCatalog
 from trainkit.engine.default_hooks import default_hooks
 from trainkit.engine.hook_base import HookBase
 from trainkit.engine.hooks.ema import EMA
+from trainkit.engine.losses import share_buffers
 from trainkit.engine.non_finite import MAX_ROLLBACKS, NonFiniteError
 from trainkit.engine.predictor import DefaultPredictor
 from trainkit.engine.preemption import leave
@@ -53,7 +55,6 @@ from trainkit.utils.env import seed_all_rng
 from trainkit.utils.errors import ConfigError
 from trainkit.utils.events.writer import EventWriter
 from trainkit.utils.stop_signals import stop_signals, stopping
-from trainkit.utils.wrappers import unwrap
 
 __all__ = [
     "DefaultPredictor",
@@ -369,12 +370,11 @@ class DefaultTrainer(SimpleTrainer):
         super().load_state_dict({**state.get("_trainer", {}), **state})
 
     def _evaluate(self) -> dict[str, Any]:
-        model = unwrap(self.model)
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
         with self._averaged_weights():
-            if model is not self.model:
-                # Running statistics differ from rank to rank; all judge what rank 0 saves.
-                for buffer in model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            share_buffers(model)
             self._last_eval_results = self.test(self.cfg, model)
         return self._last_eval_results
 

@@ -186,6 +186,12 @@ def own_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_buffers()) if comm.get_world_size() > 1 else {}
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Gives all ranks rank 0's buffers, for all to judge the model that rank 0 saves."""
+    for buffer in model.buffers() if comm.get_world_size() > 1 else ():
+        torch.distributed.broadcast(buffer, src=0)
+
+
 @torch.no_grad()
 def load_own_buffers(model: nn.Module, states: list[dict[str, torch.Tensor]]) -> None:
     """Takes back this rank's buffers; with another number of ranks, those of rank 0 stay."""
