@@ -181,6 +181,8 @@ def test_nothing_grows_with_the_number_of_steps(trained: Callable[..., Model]) -
 
     def look(trainer: Any) -> None:
         if trainer.iter % 100 == 0:
+            # What waits for the garbage collector is no growth.
+            gc.collect()
             ours = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, OURS)])
             memory[trainer.iter] = sum(trace.size for trace in ours.traces)
             histories = trainer.storage.histories()
